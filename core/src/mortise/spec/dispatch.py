@@ -1,0 +1,194 @@
+"""What is decided about how a layer's tokens travel to its experts, and the records that travel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from mortise.spec.experts import ExpertScheme
+    from mortise.spec.roles import ModelRole
+
+
+class DispatchDtype(StrEnum):
+    """Number format of a dispatched row; the name says what the bytes are."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP8_E4M3 = "fp8"
+    INT8 = "int8"
+    NVFP4 = "nvfp4"
+
+
+class DispatchMode(StrEnum):
+    """The two exchanges of expert parallelism, as DeepEP defines them."""
+
+    NORMAL = "normal"
+    """Variable numbers of rows, counted per expert."""
+    LOW_LATENCY = "low_latency"
+    """Fixed capacity per rank, counts stay on the device."""
+
+
+class ScaleLayout(StrEnum):
+    """Where the scales of a quantised row are."""
+
+    NONE = "none"
+    PER_TOKEN = "per_token"
+    PER_TOKEN_128 = "per_token_per_128_columns"
+    PER_BLOCK_16 = "per_16_elements_with_global_scale"
+
+
+class RowLayout(StrEnum):
+    """How dispatched rows are arranged."""
+
+    GROUPED = "grouped"
+    """Rows sorted by local expert, ``[R, H]``, with a group list."""
+    GROUPED_ALIGNED = "grouped_aligned"
+    """As ``GROUPED``, each group padded to a multiple of the kernel's alignment."""
+    MASKED = "masked"
+    """``[E_l, capacity, H]`` with a count of valid rows per expert."""
+
+
+class GroupListKind(StrEnum):
+    """What the numbers of a group list are."""
+
+    COUNTS = "counts"
+    CUMULATIVE = "cumulative"
+
+
+class DecisionRule(StrEnum):
+    """Which rule of the order of authority decided; highest first."""
+
+    OVERRIDE = "override"
+    EXPERT_METHOD = "expert_method"
+    RUNNER = "runner"
+    DEVICE_DEFAULT = "device_default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchFormat:
+    """Completely what arrives at the experts."""
+
+    dtype: DispatchDtype
+    scale_layout: ScaleLayout = ScaleLayout.NONE
+    row_layout: RowLayout = RowLayout.GROUPED
+    mode: DispatchMode = DispatchMode.NORMAL
+    alignment: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """A value the user asked for, and where it came from (``command line --dispatch-dtype``)."""
+
+    value: DispatchDtype
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchRequest:
+    """Everything ``resolve_dispatch_dtype`` may look at.
+
+    Args:
+        role: the model the layer belongs to.
+        layer: dotted module name of the layer.
+        mode: the exchange the format is for.
+        override: the user's explicit choice for this role; None is "unset" (``auto``).
+        scheme_w13, scheme_w2: schemes of the expert weights, read from the checkpoint.
+        accepted: formats the layer's expert method can consume, in order of preference.
+        requested: the format the expert method asks for in this mode, if it does.
+        has_input_global_scale: the checkpoint carries one (it means NVFP4).
+        runner: name of the kernel runner that will consume the rows.
+        runner_quantises: that runner quantises its input by itself.
+        compute_dtype: dtype of the hidden state, ``torch.float32`` or ``torch.bfloat16``.
+    """
+
+    role: ModelRole
+    layer: str
+    mode: DispatchMode
+    override: Override | None
+    scheme_w13: ExpertScheme
+    scheme_w2: ExpertScheme
+    accepted: tuple[DispatchDtype, ...]
+    requested: DispatchDtype | None = None
+    has_input_global_scale: bool = False
+    runner: str = ""
+    runner_quantises: bool = False
+    compute_dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchDecision:
+    """A dispatch format and its reason; decided once per layer and mode, then immutable."""
+
+    format: DispatchFormat
+    rule: DecisionRule
+    reason: str
+    asked: DispatchDtype | None = None
+    """What the rule asked for, when a documented downgrade made it another format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchedTokens:
+    """Rows as they arrive at the experts of this rank.
+
+    Args:
+        rows: ``[R, H]`` (grouped) or ``[E_l, capacity, H]`` (masked).
+        scales: scales of quantised rows, or None.
+        group_list: int64 ``[E_l]``, counts or cumulative ends as ``group_list_kind`` says; rows past
+            the last group are undefined and must not be read.
+        group_counts: the same counts as Python integers where the host knows them, else None;
+            saves a device synchronisation.
+        format: what the rows are.
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+    group_list: torch.Tensor
+    group_list_kind: GroupListKind
+    group_counts: tuple[int, ...] | None
+    format: DispatchFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """The router's choice: ``topk_ids`` int64 ``[T, K]`` (-1: no expert), ``topk_weights`` float32 ``[T, K]``."""
+
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+class DispatchHandle(Protocol):
+    """What ``combine`` needs to bring rows home; opaque to everybody else."""
+
+
+class TokenDispatcher(Protocol):
+    """Sends tokens to their experts and brings the results back; keeps no state between calls."""
+
+    def dispatch(
+        self, hidden_TH: torch.Tensor, routing: Routing, format: DispatchFormat
+    ) -> tuple[DispatchedTokens, DispatchHandle]:
+        """Group ``hidden_TH`` ``[T, H]`` by expert in the format decided for the layer."""
+        ...
+
+    def combine(self, rows_RH: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """Weight the experts' rows ``[R, H]`` by routing weight and sum them per token, ``[T, H]``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDispatcherRequest:
+    """What a device's own expert-parallel exchange must serve."""
+
+    role: ModelRole
+    layer: str
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+    world_size: int = 1
+    rank: int = 0
+    mode: DispatchMode = DispatchMode.NORMAL
+    max_tokens_per_rank: int = 0
+    process_group: object | None = field(default=None, repr=False)

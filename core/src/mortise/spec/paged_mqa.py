@@ -1,0 +1,131 @@
+"""The schedule of the sparse-attention indexer over paged keys, with the lengths it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mortise.errors import ContractError, StaleScheduleError
+from mortise.spec.reasons import ReasonCode
+
+if TYPE_CHECKING:
+    import torch
+
+    from mortise.spec.roles import ForwardMode
+
+SPLIT_TOKENS = 256
+"""Tokens in one unit of scheduled work (DeepGEMM's SPLIT_KV: four blocks of 64)."""
+
+
+class PagedMQABuffers:
+    """The tensors that a kernel reads, in storage that never moves.
+
+    A captured graph holds their addresses, so a refresh copies into them and counts a generation up.
+
+    Args:
+        context_lens: int32 ``[rows, next_n]``, contiguous, the true visible length of each row.
+        schedule: int32 ``[num_workers + 1, 2]`` or whatever the backend's kernel takes; None where
+            the backend's kernel plans by itself.
+    """
+
+    __slots__ = ("context_lens", "generation", "schedule")
+
+    def __init__(self, context_lens: torch.Tensor, schedule: torch.Tensor | None) -> None:
+        self.context_lens = context_lens
+        self.schedule = schedule
+        self.generation = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedMQAMetadata:
+    """What a schedule is for (immutable), beside the buffers it lives in (refreshed in place)."""
+
+    mode: ForwardMode
+    rows: int
+    next_n: int
+    block_size: int
+    num_workers: int
+    max_context_len: int
+    buffers: PagedMQABuffers
+    generation: int = 0
+
+    @property
+    def context_lens(self) -> torch.Tensor:
+        """int32 ``[rows, next_n]``: the lengths this schedule was made from, and no others."""
+        return self.buffers.context_lens
+
+    @property
+    def schedule(self) -> torch.Tensor | None:
+        """The backend's own schedule tensor."""
+        return self.buffers.schedule
+
+    def check_launch(self, query_rows: int, page_table_rows: int, weight_rows: int) -> None:
+        """Assert before a launch that everything agrees in number and belongs to this generation.
+
+        Raises:
+            StaleScheduleError: the buffers were refreshed since this description was made.
+            ContractError: rows of query, weights, page table and lengths differ.
+        """
+        if self.generation != self.buffers.generation:
+            raise StaleScheduleError(
+                f"schedule of generation {self.generation} launched on buffers of generation "
+                f"{self.buffers.generation}",
+                reason=ReasonCode.CONTRACT_BROKEN,
+                remedy="use the metadata that the last refresh returned",
+            )
+        if not (
+            query_rows == page_table_rows == self.rows and weight_rows == self.rows * self.next_n
+        ):
+            raise ContractError(
+                f"indexer launch with {query_rows} query rows, {page_table_rows} page-table rows, "
+                f"{weight_rows} weight rows for lengths of {self.rows} x {self.next_n}",
+                reason=ReasonCode.CONTRACT_BROKEN,
+                expected="the same number of rows everywhere",
+            )
+
+
+def refresh_paged_mqa_metadata(
+    stale: PagedMQAMetadata, fresh: PagedMQAMetadata
+) -> PagedMQAMetadata:
+    """Copy a new plan into the storage of an old one; the one function for every replay path.
+
+    Args:
+        stale: metadata whose buffers a captured graph reads.
+        fresh: metadata just made by ``paged_mqa_metadata`` for the same rows and mode.
+
+    Returns:
+        The description of the new generation, over the old storage.
+
+    Raises:
+        ContractError: the two are not for the same shape and mode, or one lacks a schedule.
+    """
+    same_shape = (stale.mode, stale.rows, stale.next_n, stale.block_size, stale.num_workers) == (
+        fresh.mode,
+        fresh.rows,
+        fresh.next_n,
+        fresh.block_size,
+        fresh.num_workers,
+    )
+    if not same_shape or (stale.schedule is None) != (fresh.schedule is None):
+        raise ContractError(
+            f"cannot refresh a {stale.mode} schedule of {stale.rows} x {stale.next_n} rows with a "
+            f"{fresh.mode} schedule of {fresh.rows} x {fresh.next_n} rows",
+            reason=ReasonCode.CONTRACT_BROKEN,
+            expected="the mode, rows, block size and workers the buffers were made for",
+        )
+    buffers = stale.buffers
+    buffers.context_lens.copy_(fresh.context_lens)
+    if buffers.schedule is not None and fresh.schedule is not None:
+        buffers.schedule.copy_(fresh.schedule)
+    buffers.generation += 1
+    return replace(
+        fresh, buffers=buffers, generation=buffers.generation
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexKeyPages:
+    """The indexer's cached keys of one layer: ``keys`` ``[P, 64, D]``, ``scales`` float32 ``[P, 64]`` or None."""
+
+    keys: torch.Tensor
+    scales: torch.Tensor | None = None
