@@ -1,0 +1,1 @@
+"""Tests that guard the architecture instead of behaviour."""
