@@ -1,0 +1,98 @@
+"""The distributions declare what they import, in versions that were tested."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.meta.tree import REPOSITORY, python_files, syntax_tree
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROJECTS = tuple(
+    sorted(REPOSITORY.glob("*/pyproject.toml"))
+    + sorted(REPOSITORY.glob("plugins/*/pyproject.toml"))
+)
+# Needed by a library of ours for what we ask of it, not imported by us.
+INDIRECT = {"numpy": "safetensors.torch writes tensors through it"}
+IMPORTED_AS = {"mortise-core": "mortise"}
+
+
+def project_table(path: Path) -> dict:
+    return tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+
+
+def declared(path: Path) -> set[str]:
+    """Import names of the dependencies of one distribution."""
+    names = {
+        canonicalize_name(Requirement(text).name) for text in project_table(path)["dependencies"]
+    }
+    return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+
+
+def imported(root: Path) -> set[str]:
+    """Top-level packages that the sources below a root import, the standard library excepted."""
+    names: set[str] = set()
+    for path in python_files(root):
+        for node in ast.walk(syntax_tree(path)):
+            match node:
+                case ast.Import(names=aliases):
+                    names.update(alias.name.split(".")[0] for alias in aliases)
+                case ast.ImportFrom(module=str(module), level=0):
+                    names.add(module.split(".")[0])
+    return names - sys.stdlib_module_names - {"__future__"}
+
+
+def constraints() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {
+        canonicalize_name(requirement.name): str(requirement.specifier)
+        for requirement in requirements
+    }
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
+def test_declared_dependencies_are_the_imported_ones(path: Path) -> None:
+    own = {package.name for package in (path.parent / "src").iterdir()}
+    optional = {"pytest"}  # the conformance kit runs inside the author's own pytest
+    needed = imported(path.parent / "src") - own - optional
+    assert declared(path) - set(INDIRECT) == needed - set(INDIRECT)
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
+def test_every_dependency_is_pinned_to_a_version_in_its_range(path: Path) -> None:
+    pinned = constraints()
+    for text in project_table(path)["dependencies"]:
+        requirement = Requirement(text)
+        if requirement.name == "mortise-core":
+            continue
+        pin = pinned[canonicalize_name(requirement.name)]
+        assert pin.startswith("=="), pin
+        assert requirement.specifier.contains(pin.removeprefix("==")), f"{text}, tested with {pin}"
+
+
+def test_the_distributions_have_one_version_and_one_licence() -> None:
+    assert len(PROJECTS) >= 4
+    tables = [project_table(path) for path in PROJECTS]
+    assert {table["version"] for table in tables} == {"0.1.0"}
+    assert {table["license"] for table in tables} == {"Apache-2.0"}
+    assert {table["requires-python"] for table in tables} == {">=3.11"}
+
+
+def test_one_name_has_three_spellings() -> None:
+    for path in PROJECTS:
+        table = project_table(path)
+        backends = table["entry-points"]["mortise.backends"]
+        expected = "reference" if path.parent.name == "core" else path.parent.name
+        assert list(backends) == [expected]
+        if expected != "reference":
+            assert table["name"] == f"mortise-{expected.replace('_', '-')}"
+            assert backends[expected].split(":")[0].split(".")[0] == f"mortise_{expected}"
