@@ -67,6 +67,21 @@ class Support:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProbe:
+    """Answer of ``probe``: whether the backend's device is in this machine.
+
+    Args:
+        found: the device is here and answers.
+        arch: its architecture, compared with the manifest's ``arch``; empty where there is none.
+        reason: why not, or what was seen.
+    """
+
+    found: bool
+    arch: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLayerRequest:
     """One layer of experts that a backend is asked about before the layer is built."""
 

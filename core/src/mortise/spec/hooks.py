@@ -189,3 +189,9 @@ HOOKS: Final[Mapping[str, HookSpec]] = MappingProxyType(
     }
 )
 """Every hook by name, in the order in which they run."""
+
+PAIRED_HOOKS: Final = (
+    frozenset({"prepare_expert_weights", "quantized_moe_apply"}),
+    frozenset({"paged_mqa_metadata", "paged_mqa_logits"}),
+)
+"""Hooks that hand each other a record only their author can read: one backend answers all of a set."""

@@ -16,6 +16,8 @@ class ReasonCode(StrEnum):
     ENGINE_INCOMPATIBLE = "engine_incompatible"
     HOOK_UNKNOWN = "hook_unknown"
     HOOK_VERSION_UNSUPPORTED = "hook_version_unsupported"
+    CANNOT_SERVE_YET = "cannot_serve_yet"
+    AMBIGUOUS = "ambiguous"
     DEVICE_ABSENT = "device_absent"
     ARCH_MISMATCH = "arch_mismatch"
     PROBE_CRASHED = "probe_crashed"

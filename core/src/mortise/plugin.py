@@ -1,0 +1,150 @@
+"""Everything the author of a backend imports: the base class, the hook marker and the records of the contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Final
+
+import pluggy
+
+from mortise.errors import (
+    BackendUnusableError,
+    ConfigError,
+    ContractError,
+    MortiseError,
+    StaleScheduleError,
+)
+from mortise.spec.capabilities import (
+    BindContext,
+    Capabilities,
+    DeviceProbe,
+    ExpertLayerRequest,
+    Support,
+)
+from mortise.spec.dispatch import (
+    DecisionRule,
+    DispatchDecision,
+    DispatchDtype,
+    DispatchedTokens,
+    DispatchFormat,
+    DispatchHandle,
+    DispatchMode,
+    DispatchRequest,
+    GroupListKind,
+    Override,
+    Routing,
+    RowLayout,
+    ScaleLayout,
+    TokenDispatcher,
+    TokenDispatcherRequest,
+)
+from mortise.spec.experts import ExpertScheme, ExpertWeights, GroupedWeight
+from mortise.spec.hooks import (
+    HOOKS,
+    NOT_SUPPORTED,
+    PAIRED_HOOKS,
+    PROJECT,
+    HookSpec,
+    NotSupported,
+)
+from mortise.spec.paged_mqa import (
+    SPLIT_TOKENS,
+    IndexKeyPages,
+    PagedMQABuffers,
+    PagedMQAMetadata,
+    refresh_paged_mqa_metadata,
+)
+from mortise.spec.qkv import QKVLayout, QKVParts, QKVShape
+from mortise.spec.reasons import ReasonCode
+from mortise.spec.roles import ForwardMode, ModelRole, Phase
+
+__all__ = [
+    "HOOKS",
+    "NOT_SUPPORTED",
+    "PAIRED_HOOKS",
+    "SPLIT_TOKENS",
+    "Backend",
+    "BackendUnusableError",
+    "BindContext",
+    "Capabilities",
+    "ConfigError",
+    "ContractError",
+    "DecisionRule",
+    "DeviceProbe",
+    "DispatchDecision",
+    "DispatchDtype",
+    "DispatchFormat",
+    "DispatchHandle",
+    "DispatchMode",
+    "DispatchRequest",
+    "DispatchedTokens",
+    "ExpertLayerRequest",
+    "ExpertScheme",
+    "ExpertWeights",
+    "ForwardMode",
+    "GroupListKind",
+    "GroupedWeight",
+    "HookSpec",
+    "IndexKeyPages",
+    "ModelRole",
+    "MortiseError",
+    "NotSupported",
+    "Override",
+    "PagedMQABuffers",
+    "PagedMQAMetadata",
+    "Phase",
+    "QKVLayout",
+    "QKVParts",
+    "QKVShape",
+    "ReasonCode",
+    "Routing",
+    "RowLayout",
+    "ScaleLayout",
+    "StaleScheduleError",
+    "Support",
+    "TokenDispatcher",
+    "TokenDispatcherRequest",
+    "hookimpl",
+    "refresh_paged_mqa_metadata",
+]
+
+hookimpl: Final = pluggy.HookimplMarker(PROJECT)
+"""Marks a method as the implementation of the hook of the same name; takes no options but ``specname``."""
+
+
+class Backend(ABC):
+    """A chip's answers for one model role.
+
+    A subclass adds one ``@hookimpl`` method for each hook that its ``backend.toml`` lists under
+    ``implements``: same name, same parameters in the same order, no defaults. The class is imported
+    only when its backend was chosen, and one object is created per model role; what it keeps, it
+    keeps on that object. The vendor's libraries are imported in ``create``, not at the top of the
+    module, so that a machine without them gets a clear answer.
+    """
+
+    @classmethod
+    def probe(cls) -> DeviceProbe:
+        """Say whether the device is here; asked for ``backend = "auto"`` alone, in a process of its own.
+
+        A crash or an endless wait of the vendor's driver stays in that process. A backend that needs
+        no device keeps this answer.
+        """
+        return DeviceProbe(found=True, reason="needs no device")
+
+    @classmethod
+    @abstractmethod
+    def create(cls, context: BindContext) -> Backend:
+        """Make the backend of one model role.
+
+        Raises:
+            BackendUnusableError: the device or a library is missing or too old; say which.
+            ConfigError: ``context.options`` or ``context.device`` is wrong.
+        """
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """Facts that the core plans with; the same answer every time."""
+
+    @abstractmethod
+    def supports(self, request: ExpertLayerRequest) -> Support:
+        """Say before a layer of experts is built whether it can be served, and if not, why not."""
