@@ -1,0 +1,1 @@
+"""An inference engine for Mixture-of-Experts language models whose core knows no hardware."""

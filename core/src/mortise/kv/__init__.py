@@ -1,0 +1,1 @@
+"""The paged cache: who owns which page, and the tensors the pages live in."""

@@ -1,0 +1,197 @@
+"""Multi-head latent attention: projections before and after, with the attention itself passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from mortise.layers.norm import RMSNorm
+from mortise.layers.rotary import Rotation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLAShape:
+    """Sizes of one attention layer (names of the Hugging Face configuration)."""
+
+    hidden_size: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rms_norm_eps: float
+    attention_bias: bool
+    rope_interleave: bool
+    softmax_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexProjections:
+    """What the lightning indexer makes of each token.
+
+    ``query`` ``[T, N, D]`` and ``key`` ``[T, D]``, rotated; ``weights`` float32 ``[T, N]`` with the
+    factors ``N**-0.5`` and ``D**-0.5`` folded in.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLAProjections:
+    """What attention needs of each token.
+
+    ``query_nope`` ``[T, N, qk_nope]``, ``query_rope`` ``[T, N, qk_rope]``, ``latent``
+    ``[T, kv_lora_rank + qk_rope]`` (normalised latent, then the rotated shared key: the row that is
+    cached), ``index`` of layers that have an indexer.
+    """
+
+    query_nope: torch.Tensor
+    query_rope: torch.Tensor
+    latent: torch.Tensor
+    index: IndexProjections | None
+
+
+class Attend(Protocol):
+    """How queries meet keys: over a paged cache, or within the tokens at hand when training."""
+
+    def __call__(
+        self, attention: MLAttention, projections: MLAProjections
+    ) -> torch.Tensor:
+        """Values attended to, ``[T, N, v_head_dim]``."""
+        ...
+
+
+class LightningIndexer(nn.Module):
+    """DeepSeek-V3.2's indexer: cheap multi-query scores that pick the keys attention may see.
+
+    The first ``qk_rope_head_dim`` dimensions are rotated in halves (not interleaved), queries come
+    from the latent query, keys are layer-normalised (DeepSeek-V3.2-Exp, ``inference/model.py``).
+    The Hadamard rotation of the original is orthogonal and changes no product; it is left to the
+    formats that quantise.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        q_lora_rank: int,
+        num_heads: int,
+        head_dim: int,
+        rope_dim: int,
+        topk: int,
+    ) -> None:
+        super().__init__()
+        self.wq_b = nn.Linear(q_lora_rank, num_heads * head_dim, bias=False)
+        self.wk = nn.Linear(hidden_size, head_dim, bias=False)
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
+        self.weights_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.rope_dim = rope_dim
+        self.topk = topk
+
+    def forward(
+        self, hidden_TH: torch.Tensor, query_latent_TQ: torch.Tensor, rotation: Rotation
+    ) -> IndexProjections:
+        """Project ``[T, H]`` and the latent query ``[T, q_lora_rank]``."""
+        query_TND = self.wq_b(query_latent_TQ).unflatten(-1, (self.num_heads, self.head_dim))
+        key_TD = self.k_norm(self.wk(hidden_TH))
+        scale = float(self.num_heads * self.head_dim) ** -0.5
+        return IndexProjections(
+            query=self._rotate(query_TND, rotation),
+            key=self._rotate(key_TD, rotation),
+            weights=self.weights_proj(hidden_TH).float() * scale,
+        )
+
+    def _rotate(self, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        rope, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
+        return torch.cat([rotation.halves(rope), rest], dim=-1)
+
+
+class MLAttention(nn.Module):
+    """DeepSeek's multi-head latent attention (arXiv 2405.04434 section 2.1).
+
+    Args:
+        layer: index of the layer in the cache.
+        shape: sizes.
+        indexer: the lightning indexer, or None for attention to every key.
+    """
+
+    def __init__(self, layer: int, shape: MLAShape, indexer: LightningIndexer | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.shape = shape
+        hidden, heads, bias = shape.hidden_size, shape.num_attention_heads, shape.attention_bias
+        head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
+        if shape.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, shape.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(shape.q_lora_rank, shape.rms_norm_eps)
+            self.q_b_proj = nn.Linear(shape.q_lora_rank, heads * head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            hidden, shape.kv_lora_rank + shape.qk_rope_head_dim, bias=bias
+        )
+        self.kv_a_layernorm = RMSNorm(shape.kv_lora_rank, shape.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(
+            shape.kv_lora_rank, heads * (shape.qk_nope_head_dim + shape.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * shape.v_head_dim, hidden, bias=bias)
+        self.indexer = indexer
+
+    def forward(
+        self, hidden_TH: torch.Tensor, rotation: Rotation, attend: Attend
+    ) -> torch.Tensor:
+        """``[T, H]`` to ``[T, H]``."""
+        attended_TNV = attend(self, self.project(hidden_TH, rotation))
+        output: torch.Tensor = self.o_proj(attended_TNV.flatten(1))
+        return output
+
+    def project(self, hidden_TH: torch.Tensor, rotation: Rotation) -> MLAProjections:
+        """Everything that depends on each token alone."""
+        shape = self.shape
+        rotate = rotation.interleaved if shape.rope_interleave else rotation.halves
+        if shape.q_lora_rank is None:
+            query, index = self.q_proj(hidden_TH), None
+        else:
+            query_latent_TQ = self.q_a_layernorm(self.q_a_proj(hidden_TH))
+            query = self.q_b_proj(query_latent_TQ)
+            index = (
+                None
+                if self.indexer is None
+                else self.indexer(hidden_TH, query_latent_TQ, rotation)
+            )
+        query_nope, query_rope = query.unflatten(-1, (shape.num_attention_heads, -1)).split(
+            [shape.qk_nope_head_dim, shape.qk_rope_head_dim], dim=-1
+        )
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_TH).split(
+            [shape.kv_lora_rank, shape.qk_rope_head_dim], dim=-1
+        )
+        return MLAProjections(
+            query_nope=query_nope,
+            query_rope=rotate(query_rope),
+            latent=torch.cat([self.kv_a_layernorm(latent), rotate(key_rope)], dim=-1),
+            index=index,
+        )
+
+    def expand(self, latent_CL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``[N, C, qk_nope + qk_rope]`` and values ``[N, C, v]`` of cached rows ``[C, L]``."""
+        shape = self.shape
+        latent, key_rope = latent_CL.split([shape.kv_lora_rank, shape.qk_rope_head_dim], dim=-1)
+        expanded_NCD = self.kv_b_proj(latent).unflatten(-1, (shape.num_attention_heads, -1)).transpose(0, 1)
+        key_nope, value = expanded_NCD.split([shape.qk_nope_head_dim, shape.v_head_dim], dim=-1)
+        key_rope = key_rope.expand(shape.num_attention_heads, -1, -1)
+        return torch.cat([key_nope, key_rope], dim=-1), value
+
+    def absorbed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of ``kv_b_proj``: ``[N, qk_nope, kv_lora_rank]`` for keys, ``[N, v, kv_lora_rank]`` for values."""
+        shape = self.shape
+        weight_NDL = self.kv_b_proj.weight.unflatten(0, (shape.num_attention_heads, -1))
+        key, value = weight_NDL.split([shape.qk_nope_head_dim, shape.v_head_dim], dim=1)
+        return key, value

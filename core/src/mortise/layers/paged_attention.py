@@ -1,0 +1,230 @@
+"""Latent attention over a paged cache, for one forward pass of a batch of requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, assert_never
+
+import torch
+import torch.nn.functional as F
+
+from mortise.kv.pages import PAGE_SIZE
+from mortise.layers.index_selection import select_keys
+from mortise.spec.paged_mqa import IndexKeyPages, PagedMQAMetadata
+from mortise.spec.roles import ForwardMode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mortise.backends.ops import Ops
+    from mortise.kv.latent import LatentPool
+    from mortise.layers.mla import IndexProjections, MLAProjections, MLAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLayout:
+    """Where the tokens of one forward pass sit. B requests, T tokens, all of one mode.
+
+    Args:
+        mode: what kind of pass this is.
+        query_lens: new tokens of each request, B integers that sum to T.
+        context_lens: tokens of each request when this pass is done, B integers.
+        page_table: int32 ``[B, pages]``, each row padded with any valid page.
+    """
+
+    mode: ForwardMode
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    page_table: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        mode: ForwardMode,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> BatchLayout:
+        """From each request's own list of pages."""
+        width = max((len(own) for own in pages), default=0)
+        table = [[*own, *[0] * (width - len(own))] for own in pages]
+        return cls(
+            mode=mode,
+            query_lens=tuple(query_lens),
+            context_lens=tuple(context_lens),
+            page_table=torch.tensor(table, dtype=torch.int32, device=device).view(
+                len(pages), width
+            ),
+        )
+
+    def positions(self) -> torch.Tensor:
+        """int64 ``[T]``: position of each new token in its request."""
+        ranges = [
+            torch.arange(context - query, context)
+            for query, context in zip(self.query_lens, self.context_lens, strict=True)
+        ]
+        flat = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
+        return flat.to(self.page_table.device)
+
+    def rows(self) -> torch.Tensor:
+        """int64 ``[T]``: the request of each new token."""
+        lens = torch.tensor(self.query_lens, dtype=torch.int64)
+        return torch.arange(len(lens)).repeat_interleave(lens).to(self.page_table.device)
+
+
+class PagedAttention:
+    """Writes new rows to the cache, picks keys by the indexer, attends.
+
+    Prefill expands cached latents to keys and values; every other mode keeps the queries in latent
+    space, which reads each cached row once for all heads (arXiv 2405.04434 section 2.1.2).
+
+    Args:
+        ops: the bound hooks of the model's role.
+        pool: the cache.
+        layout: where this pass's tokens sit.
+        index_topk: keys the indexer picks, or None without an indexer.
+    """
+
+    def __init__(
+        self, ops: Ops, pool: LatentPool, layout: BatchLayout, index_topk: int | None
+    ) -> None:
+        self.ops = ops
+        self.pool = pool
+        self.layout = layout
+        self.positions_T = layout.positions()
+        rows_T = layout.rows()
+        self.page_table_TP = layout.page_table[rows_T]
+        self.slots_T = _slots(self.page_table_TP, self.positions_T.unsqueeze(1)).squeeze(1)
+        self.visible_T = self.positions_T + 1
+        self.max_context_len = max(layout.context_lens, default=0)
+        self.index_topk = index_topk
+        self.metadata = self._plan() if self._is_sparse else None
+
+    @property
+    def _is_sparse(self) -> bool:
+        return self.index_topk is not None and self.max_context_len > self.index_topk
+
+    def _plan(self) -> PagedMQAMetadata:
+        return self.ops.paged_mqa_metadata(
+            self.visible_T.to(torch.int32).unsqueeze(1),
+            PAGE_SIZE,
+            self.ops.capabilities.num_workers,
+            self.layout.mode,
+        )
+
+    def __call__(self, attention: MLAttention, projections: MLAProjections) -> torch.Tensor:
+        """Attend for one layer; ``[T, N, v_head_dim]``."""
+        pool, layer = self.pool, attention.layer
+        _write(pool.latents(layer), self.slots_T, projections.latent)
+        if projections.index is not None:
+            _write(pool.index_keys(layer), self.slots_T, projections.index.key)
+        chosen_TK = self._choose(layer, projections.index)
+        match self.layout.mode:
+            case ForwardMode.PREFILL:
+                return self._expanded(attention, projections, chosen_TK)
+            case (
+                ForwardMode.DECODE
+                | ForwardMode.IDLE
+                | ForwardMode.TARGET_VERIFY
+                | ForwardMode.DRAFT_EXTEND
+            ):
+                return self._absorbed(attention, projections, chosen_TK)
+            case _:
+                assert_never(self.layout.mode)
+
+    def _choose(self, layer: int, index: IndexProjections | None) -> torch.Tensor | None:
+        """Positions int64 ``[T, K]`` (-1: none) that each token may see, or None for all."""
+        if index is None or self.metadata is None:
+            return None
+        assert self.index_topk is not None
+        logits_TC = self.ops.paged_mqa_logits(
+            index.query.unsqueeze(1),
+            IndexKeyPages(keys=self.pool.index_keys(layer)),
+            index.weights,
+            self.page_table_TP,
+            self.metadata,
+        )
+        return select_keys(
+            logits_TC[:, : self.max_context_len], self.visible_T, self.index_topk
+        )
+
+    def _expanded(
+        self, attention: MLAttention, projections: MLAProjections, chosen_TK: torch.Tensor | None
+    ) -> torch.Tensor:
+        query_TND = torch.cat([projections.query_nope, projections.query_rope], dim=-1)
+        outputs, start = [], 0
+        layout = self.layout
+        latents_RL = self.pool.latents(attention.layer)
+        for row, (query_len, context) in enumerate(
+            zip(layout.query_lens, layout.context_lens, strict=True)
+        ):
+            tokens = slice(start, start + query_len)
+            start += query_len
+            pages = layout.page_table[row, : -(-context // PAGE_SIZE)].long()
+            keys_NCD, values_NCV = attention.expand(latents_RL[pages].flatten(0, 1)[:context])
+            chosen = None if chosen_TK is None else chosen_TK[tokens]
+            mask_QC = _visible_mask(self.visible_T[tokens], context, chosen)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    query_TND[tokens].transpose(0, 1),
+                    keys_NCD,
+                    values_NCV,
+                    attn_mask=mask_QC,
+                    scale=attention.shape.softmax_scale,
+                ).transpose(0, 1)
+            )
+        return torch.cat(outputs)
+
+    def _absorbed(
+        self, attention: MLAttention, projections: MLAProjections, chosen_TK: torch.Tensor | None
+    ) -> torch.Tensor:
+        shape = attention.shape
+        if chosen_TK is None:
+            everything = torch.arange(self.max_context_len, device=self.positions_T.device)
+            hidden_TC = everything >= self.visible_T.unsqueeze(1)
+            slots_TC = _slots(self.page_table_TP, everything)
+        else:
+            hidden_TC = chosen_TK < 0
+            slots_TC = _slots(self.page_table_TP, chosen_TK.clamp(min=0))
+        cached_TCL = self.pool.latents(attention.layer).flatten(0, 1)[slots_TC]
+        key_NDL, value_NVL = attention.absorbed()
+        query_TNL = torch.cat(
+            [
+                torch.matmul(projections.query_nope.transpose(0, 1), key_NDL).transpose(0, 1),
+                projections.query_rope,
+            ],
+            dim=-1,
+        )
+        scores_TNC = torch.bmm(query_TNL, cached_TCL.transpose(1, 2)).float() * shape.softmax_scale
+        scores_TNC.masked_fill_(hidden_TC.unsqueeze(1), float("-inf"))
+        weights_TNC = scores_TNC.softmax(dim=-1).to(cached_TCL.dtype)
+        latent_TNL = torch.bmm(weights_TNC, cached_TCL[..., : shape.kv_lora_rank])
+        return torch.matmul(latent_TNL.transpose(0, 1), value_NVL.transpose(1, 2)).transpose(0, 1)
+
+
+def _write(pages_PSD: torch.Tensor, slots_T: torch.Tensor, rows_TD: torch.Tensor) -> None:
+    pages_PSD.view(-1, rows_TD.shape[-1]).index_copy_(0, slots_T, rows_TD.to(pages_PSD.dtype))
+
+
+def _slots(page_table_TP: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Row of the flattened pool, int64 ``[T, C]``, of positions ``[T, C]`` or ``[C]``."""
+    if positions.dim() == 1:
+        pages = page_table_TP[:, positions // PAGE_SIZE]
+    else:
+        pages = page_table_TP.gather(1, positions // PAGE_SIZE)
+    return pages.long() * PAGE_SIZE + positions % PAGE_SIZE
+
+
+def _visible_mask(
+    visible_Q: torch.Tensor, context: int, chosen_QK: torch.Tensor | None
+) -> torch.Tensor:
+    """bool ``[Q, C]``: causal, and where keys were chosen, those alone."""
+    columns = torch.arange(context, device=visible_Q.device)
+    causal_QC = columns < visible_Q.unsqueeze(1)
+    if chosen_QK is None:
+        return causal_QC
+    # One spare column takes the -1 padding.
+    picked = torch.zeros(len(visible_Q), context + 1, dtype=torch.bool, device=visible_Q.device)
+    picked.scatter_(1, torch.where(chosen_QK < 0, context, chosen_QK), True)
+    return causal_QC & picked[:, :context]

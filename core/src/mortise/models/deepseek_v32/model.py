@@ -1,0 +1,164 @@
+"""The decoder: embedding, layers of latent attention and experts, head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mortise.layers.mla import Attend, LightningIndexer, MLAttention
+from mortise.layers.mlp import SwiGLU
+from mortise.layers.moe import MoELayer, RoutedExperts
+from mortise.layers.norm import RMSNorm
+from mortise.layers.rotary import RotaryEmbedding, Rotation
+from mortise.layers.router import GroupedSigmoidRouter
+
+if TYPE_CHECKING:
+    from mortise.backends.ops import Ops
+    from mortise.models.deepseek_v32.config import DeepseekV32Config
+    from mortise.spec.dispatch import DispatchDecision, Override
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense block or experts, each behind a norm and beside a residual.
+
+    Args:
+        index: place of the layer in the checkpoint's numbering and in the cache.
+    """
+
+    def __init__(
+        self, config: DeepseekV32Config, index: int, ops: Ops, override: Override | None = None
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLAttention(index, config.mla_shape(), _indexer(config))
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: SwiGLU | MoELayer
+        if config.is_dense(index):
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = _moe(config, f"model.layers.{index}.mlp", ops, override)
+
+    def forward(self, hidden_TH: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+        """``[T, H]`` to ``[T, H]``."""
+        attended_TH = self.self_attn(self.input_layernorm(hidden_TH), rotation, attend)
+        hidden_TH = hidden_TH + attended_TH
+        output_TH: torch.Tensor = hidden_TH + self.mlp(self.post_attention_layernorm(hidden_TH))
+        return output_TH
+
+
+class DeepseekV32Model(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(
+        self, config: DeepseekV32Config, ops: Ops, override: Override | None = None
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            _weight=torch.empty(config.vocab_size, config.hidden_size),
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index, ops, override) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, token_ids_T: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+        """Token ids int64 ``[T]`` to normalised hidden states ``[T, H]``."""
+        hidden_TH = self.embed_tokens(token_ids_T)
+        for layer in self.layers:
+            hidden_TH = layer(hidden_TH, rotation, attend)
+        normalised: torch.Tensor = self.norm(hidden_TH)
+        return normalised
+
+
+class DeepseekV32ForCausalLM(nn.Module):
+    """The whole language model of one role.
+
+    Parameters are created empty on the current torch device and dtype; fill them with the
+    placements of ``weights.py``, then call :meth:`finish_loading`.
+
+    Args:
+        config: the model's configuration.
+        ops: the hooks bound for this role.
+        override: the user's dispatch format for this role, or None.
+    """
+
+    def __init__(
+        self, config: DeepseekV32Config, ops: Ops, override: Override | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        self.model = DeepseekV32Model(config, ops, override)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = rotary_embedding(config)
+
+    def finish_loading(self) -> tuple[DispatchDecision, ...]:
+        """Let every layer of experts decide and prepare; after loading and after weight updates."""
+        self.rotary.to(self.model.norm.weight.device)
+        return tuple(
+            module.finish_loading() for module in self.modules() if isinstance(module, MoELayer)
+        )
+
+    def forward(
+        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """Normalised hidden states ``[T, H]`` of int64 token ids and positions ``[T]``."""
+        hidden: torch.Tensor = self.model(token_ids_T, self.rotary(positions_T), attend)
+        return hidden
+
+    def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """float32 ``[T, vocab]`` of normalised hidden states."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden_TH, head.weight).float()
+
+
+def rotary_embedding(config: DeepseekV32Config) -> RotaryEmbedding:
+    """The rotations that attention and indexer share."""
+    with torch.device("cpu"):
+        return RotaryEmbedding(
+            config.qk_rope_head_dim, config.rope_theta, config.max_position_embeddings, config.yarn
+        )
+
+
+def _indexer(config: DeepseekV32Config) -> LightningIndexer | None:
+    if not config.has_indexer:
+        return None
+    assert config.q_lora_rank and config.index_n_heads
+    assert config.index_head_dim and config.index_topk
+    return LightningIndexer(
+        hidden_size=config.hidden_size,
+        q_lora_rank=config.q_lora_rank,
+        num_heads=config.index_n_heads,
+        head_dim=config.index_head_dim,
+        rope_dim=config.qk_rope_head_dim,
+        topk=config.index_topk,
+    )
+
+
+def _moe(config: DeepseekV32Config, name: str, ops: Ops, override: Override | None) -> MoELayer:
+    shared_size = config.moe_intermediate_size * config.n_shared_experts
+    return MoELayer(
+        name=name,
+        ops=ops,
+        router=GroupedSigmoidRouter(
+            hidden_size=config.hidden_size,
+            num_experts=config.n_routed_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+        ),
+        experts=RoutedExperts(
+            config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        ),
+        shared_experts=SwiGLU(config.hidden_size, shared_size) if shared_size else None,
+        override=override,
+    )

@@ -1,0 +1,125 @@
+"""Dispatch decisions and the exchange within one process, in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from mortise.errors import ContractError
+from mortise.spec.dispatch import (
+    DecisionRule,
+    DispatchDecision,
+    DispatchDtype,
+    DispatchedTokens,
+    DispatchFormat,
+    DispatchHandle,
+    DispatchRequest,
+    GroupListKind,
+    Routing,
+    TokenDispatcher,
+    TokenDispatcherRequest,
+)
+from mortise.spec.hooks import NOT_SUPPORTED, NotSupported
+from mortise.spec.reasons import ReasonCode
+
+UNQUANTISED = {torch.float32: DispatchDtype.FP32, torch.bfloat16: DispatchDtype.BF16}
+
+
+def resolve_dispatch_dtype(request: DispatchRequest) -> DispatchDecision:
+    """Keep to the order of authority; by default rows travel in the compute dtype, unquantised."""
+    dtype, rule, reason = _decide(request)
+    if dtype not in request.accepted:
+        raise ContractError(
+            f"layer {request.layer}: {reason}, which its experts cannot consume: {dtype.value}",
+            reason=ReasonCode.REQUEST_UNSUPPORTED,
+            expected=f"one of {', '.join(accepted.value for accepted in request.accepted)}",
+            remedy="remove the override or choose an accepted format",
+        )
+    return DispatchDecision(
+        format=DispatchFormat(dtype=dtype, mode=request.mode), rule=rule, reason=reason
+    )
+
+
+def _decide(request: DispatchRequest) -> tuple[DispatchDtype, DecisionRule, str]:
+    default = UNQUANTISED[request.compute_dtype]
+    if request.override is not None:
+        source = request.override.source
+        return request.override.value, DecisionRule.OVERRIDE, f"asked for by {source}"
+    if request.has_input_global_scale:
+        reason = "the checkpoint carries an input global scale"
+        return DispatchDtype.NVFP4, DecisionRule.EXPERT_METHOD, reason
+    if request.requested is not None:
+        reason = "the expert method asks for it"
+        return request.requested, DecisionRule.EXPERT_METHOD, reason
+    if request.runner_quantises:
+        reason = f"runner {request.runner} quantises by itself"
+        return default, DecisionRule.RUNNER, reason
+    reason = "the reference sends rows in the compute dtype"
+    return default, DecisionRule.DEVICE_DEFAULT, reason
+
+
+def create_token_dispatcher(request: TokenDispatcherRequest) -> TokenDispatcher | NotSupported:
+    """Serve one process; several are the portable exchange's work."""
+    if request.world_size != 1:
+        return NOT_SUPPORTED
+    return LocalDispatcher(request.num_experts)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHandle:
+    """Where each dispatched row came from: position in the flattened ``[T * K]`` choices."""
+
+    order_R: torch.Tensor
+    topk_weights_TK: torch.Tensor
+
+
+class LocalDispatcher:
+    """Groups the rows of one process by expert and sums them back in the order of the choices.
+
+    The sum over a token's K choices runs in float32 and in the router's order, so it does not
+    depend on which expert answered first.
+    """
+
+    __slots__ = ("num_experts",)
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def dispatch(
+        self, hidden_TH: torch.Tensor, routing: Routing, format: DispatchFormat
+    ) -> tuple[DispatchedTokens, LocalHandle]:
+        """Sort the choices by expert, dropping -1; counts per expert are known on the host."""
+        ids = routing.topk_ids.flatten()
+        # -1 (no expert) sorts last, behind every group, and is cut off there.
+        ids = torch.where(ids < 0, self.num_experts, ids)
+        order = ids.argsort(stable=True)
+        counts = ids.bincount(minlength=self.num_experts + 1)[: self.num_experts]
+        group_counts = tuple(cast("list[int]", counts.tolist()))
+        order = order[: sum(group_counts)]
+        tokens = DispatchedTokens(
+            rows=hidden_TH[order // routing.topk_ids.shape[1]],
+            scales=None,
+            group_list=counts,
+            group_list_kind=GroupListKind.COUNTS,
+            group_counts=group_counts,
+            format=format,
+        )
+        return tokens, LocalHandle(order, routing.topk_weights)
+
+    def combine(self, rows_RH: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """Put rows back in the order of the choices and take the weighted sum over K."""
+        assert isinstance(handle, LocalHandle)
+        weights_TK = handle.topk_weights_TK
+        num_tokens, num_choices = weights_TK.shape
+        num_rows, hidden_size = handle.order_R.shape[0], rows_RH.shape[1]
+        rows = rows_RH[:num_rows].float()
+        if num_rows < num_tokens * num_choices:
+            padded = rows.new_zeros(num_tokens * num_choices, hidden_size)
+            rows = padded.index_copy(0, handle.order_R, rows)
+        else:
+            rows = rows[handle.order_R.argsort()]
+        chosen_TKH = rows.view(num_tokens, num_choices, hidden_size)
+        summed = torch.bmm(weights_TK.float().unsqueeze(1), chosen_TKH).squeeze(1)
+        return summed.to(rows_RH.dtype)
