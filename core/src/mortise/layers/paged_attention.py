@@ -92,14 +92,19 @@ class PagedAttention:
         self.ops = ops
         self.pool = pool
         self.layout = layout
-        self.positions_T = layout.positions()
+        self._positions_T = layout.positions()
         rows_T = layout.rows()
         self.page_table_TP = layout.page_table[rows_T]
-        self.slots_T = _slots(self.page_table_TP, self.positions_T.unsqueeze(1)).squeeze(1)
-        self.visible_T = self.positions_T + 1
+        self.slots_T = _slots(self.page_table_TP, self._positions_T.unsqueeze(1)).squeeze(1)
+        self.visible_T = self._positions_T + 1
         self.max_context_len = max(layout.context_lens, default=0)
         self.index_topk = index_topk
         self.metadata = self._plan() if self._is_sparse else None
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 ``[T]``: position of each token in its request."""
+        return self._positions_T
 
     @property
     def _is_sparse(self) -> bool:
@@ -181,7 +186,7 @@ class PagedAttention:
     ) -> torch.Tensor:
         shape = attention.shape
         if chosen_TK is None:
-            everything = torch.arange(self.max_context_len, device=self.positions_T.device)
+            everything = torch.arange(self.max_context_len, device=self._positions_T.device)
             hidden_TC = everything >= self.visible_T.unsqueeze(1)
             slots_TC = _slots(self.page_table_TP, everything)
         else:

@@ -8,16 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mortise.kv.latent import LatentPool
 from mortise.layers.mla import Attend, LightningIndexer, MLAttention
 from mortise.layers.mlp import SwiGLU
 from mortise.layers.moe import MoELayer, RoutedExperts
 from mortise.layers.norm import RMSNorm
+from mortise.layers.paged_attention import PagedAttention
 from mortise.layers.rotary import RotaryEmbedding, Rotation
 from mortise.layers.router import GroupedSigmoidRouter
 
 if TYPE_CHECKING:
     from mortise.backends.ops import Ops
+    from mortise.layers.paged_attention import BatchLayout
     from mortise.models.deepseek_v32.config import DeepseekV32Config
+    from mortise.models.family import CachePool, PagedPass
     from mortise.spec.dispatch import DispatchDecision, Override
 
 
@@ -105,6 +109,28 @@ class DeepseekV32ForCausalLM(nn.Module):
         return tuple(
             module.finish_loading() for module in self.modules() if isinstance(module, MoELayer)
         )
+
+    def new_pool(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> LatentPool:
+        """An empty cache for every layer."""
+        return LatentPool(
+            num_layers=self.config.num_hidden_layers,
+            num_pages=num_pages,
+            latent_dim=self.config.latent_dim,
+            index_dim=self.config.index_head_dim,
+            dtype=dtype,
+            device=device,
+        )
+
+    def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedAttention:
+        """Plan one forward pass over the cache."""
+        assert isinstance(pool, LatentPool)
+        return PagedAttention(self.ops, pool, layout, self.config.index_topk)
+
+    def run(self, token_ids_T: torch.Tensor, paged_pass: PagedPass) -> torch.Tensor:
+        """Normalised hidden states ``[T, H]`` of int64 token ids ``[T]``."""
+        assert isinstance(paged_pass, PagedAttention)
+        hidden: torch.Tensor = self(token_ids_T, paged_pass.positions, paged_pass)
+        return hidden
 
     def forward(
         self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend

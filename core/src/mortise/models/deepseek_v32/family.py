@@ -1,0 +1,48 @@
+"""DeepSeek-V3 and V3.2 as a model family."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mortise.models.deepseek_v32 import weights
+from mortise.models.deepseek_v32.config import DeepseekV32Config
+from mortise.models.deepseek_v32.model import DeepseekV32ForCausalLM
+from mortise.models.family import ModelFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mortise.backends.ops import Ops
+    from mortise.checkpoint.load import Placement, Skip
+    from mortise.models.family import CausalLM
+    from mortise.spec.dispatch import Override
+
+
+class DeepseekV32Family:
+    """Reads ``model_type`` ``deepseek_v3`` and ``deepseek_v32``."""
+
+    model_types = ("deepseek_v3", "deepseek_v32")
+
+    def facts(self, raw: Mapping[str, object]) -> ModelFacts:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        config = DeepseekV32Config.from_dict(raw)
+        return ModelFacts(
+            architecture=config.model_type,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            eos_token_ids=config.eos_token_ids,
+            dtype=config.torch_dtype,
+        )
+
+    def build(self, raw: Mapping[str, object], ops: Ops, override: Override | None) -> CausalLM:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        return DeepseekV32ForCausalLM(DeepseekV32Config.from_dict(raw), ops, override)
+
+    def placements(self, model: CausalLM) -> Iterable[Placement]:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        assert isinstance(model, DeepseekV32ForCausalLM)
+        return weights.placements(model)
+
+    def skips(self, raw: Mapping[str, object]) -> tuple[Skip, ...]:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        return weights.skips(DeepseekV32Config.from_dict(raw))

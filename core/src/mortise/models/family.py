@@ -1,0 +1,106 @@
+"""What a model family gives the engine, whatever its architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from mortise.backends.ops import Ops
+    from mortise.checkpoint.load import Placement, Skip
+    from mortise.layers.paged_attention import BatchLayout
+    from mortise.spec.dispatch import DispatchDecision, Override
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What the engine plans with.
+
+    ``dtype`` is what the checkpoint says of itself (``torch_dtype``), None where it is silent.
+    """
+
+    architecture: str
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str | None
+
+
+class CachePool(Protocol):
+    """The cache of one model; its pages are handed out by a ``PageAllocator``."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages there are."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory they take."""
+        ...
+
+
+class PagedPass(Protocol):
+    """One forward pass over the cache: built per pass, handed to the model."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 ``[T]``: position of each token in its request."""
+        ...
+
+
+class CausalLM(Protocol):
+    """A language model of one role, built on bound hooks."""
+
+    def finish_loading(self) -> tuple[DispatchDecision, ...]:
+        """Decide and prepare, once the weights are in; again after weight updates."""
+        ...
+
+    def new_pool(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> CachePool:
+        """An empty cache of ``num_pages`` pages."""
+        ...
+
+    def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedPass:
+        """Plan one forward pass."""
+        ...
+
+    def run(self, token_ids_T: torch.Tensor, paged_pass: PagedPass) -> torch.Tensor:
+        """Hidden states ``[T, H]`` ready for :meth:`logits`; writes the tokens' rows to the cache."""
+        ...
+
+    def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """float32 ``[T, vocab]``."""
+        ...
+
+
+class ModelFamily(Protocol):
+    """One architecture: how to read its configuration, build it, and place its weights."""
+
+    model_types: tuple[str, ...]
+    """Values of ``model_type`` in ``config.json`` that this family answers to."""
+
+    def facts(self, raw: Mapping[str, object]) -> ModelFacts:
+        """Check ``config.json`` and say what the engine needs to know.
+
+        Raises:
+            ModelConfigError: it does not describe a model of this family.
+        """
+        ...
+
+    def build(
+        self, raw: Mapping[str, object], ops: Ops, override: Override | None
+    ) -> CausalLM:
+        """The model with empty parameters on the current default device and dtype."""
+        ...
+
+    def placements(self, model: CausalLM) -> Iterable[Placement]:
+        """Where every tensor of the checkpoint goes."""
+        ...
+
+    def skips(self, raw: Mapping[str, object]) -> tuple[Skip, ...]:
+        """Tensors a checkpoint may hold beyond those, each with the reason why they are left."""
+        ...
