@@ -1,0 +1,1 @@
+"""Tests of the distributions as users install them."""
