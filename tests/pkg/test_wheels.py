@@ -1,4 +1,4 @@
-"""Each distribution builds, holds its own package and nothing else, and is found after installation."""
+"""Each distribution builds, holds its own package alone, and is found once installed."""
 
 from __future__ import annotations
 
