@@ -1,0 +1,26 @@
+"""The engine configuration: frozen, checked at the boundary, with the origin of every value."""
+
+from mortise.config.engine import CacheConfig, DispatchConfig, EngineConfig, SchedulerConfig
+from mortise.config.layers import (
+    environment_layers,
+    file_layer,
+    option_layer,
+    standard_layers,
+)
+from mortise.config.resolve import Layer, ResolvedConfig, resolve
+from mortise.config.table import FrozenTable
+
+__all__ = [
+    "CacheConfig",
+    "DispatchConfig",
+    "EngineConfig",
+    "FrozenTable",
+    "Layer",
+    "ResolvedConfig",
+    "SchedulerConfig",
+    "environment_layers",
+    "file_layer",
+    "option_layer",
+    "resolve",
+    "standard_layers",
+]

@@ -1,0 +1,163 @@
+"""The fields of the engine configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
+
+from mortise.config.problems import config_error, problems_in
+from mortise.config.table import FrozenTable, thaw
+from mortise.config.toml_file import read_toml
+
+
+def path_text(value: object) -> object:
+    """``pathlib`` paths as text; anything else is left for the validation to judge."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+PathText = Annotated[str, Field(min_length=1), BeforeValidator(path_text)]
+PositiveInt = Annotated[int, Field(ge=1)]
+BackendOptions = Annotated[
+    Mapping[str, Mapping[str, Any]],
+    BeforeValidator(thaw),
+    AfterValidator(FrozenTable),
+    PlainSerializer(thaw, return_type=dict[str, dict[str, Any]]),
+]
+DispatchChoice = Literal["auto", "bf16", "fp8", "int8", "nvfp4"]
+
+
+class Section(BaseModel):
+    """A table of the configuration: frozen, keyword-only, no conversion of types, no extra keys.
+
+    Raises:
+        ConfigError: unknown keys, wrong types and bad values, all of them in one message.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            kind = type(self)
+            found = problems_in(error, kind, f"given to {kind.__name__}")
+            raise config_error(found, kind) from None
+
+    # pydantic's own marker: it may build a nested section without calling this constructor, so
+    # that the problems of every section arrive together and with their full key.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class CacheConfig(Section):
+    """The paged key-value cache."""
+
+    page_size: Literal[64] = Field(default=64, description="Tokens in one page of the cache.")
+    num_pages: PositiveInt | None = Field(
+        default=None,
+        description="Pages of the cache; unset means as many as `cache.max_num_tokens` needs.",
+    )
+    max_num_tokens: PositiveInt = Field(
+        default=8192,
+        description="Tokens the cache holds over all requests, rounded up to whole pages; not used"
+        " when `cache.num_pages` is set.",
+    )
+
+    @property
+    def capacity_pages(self) -> int:
+        """Pages to allocate: ``num_pages``, or enough for ``max_num_tokens``."""
+        return self.num_pages or -(-self.max_num_tokens // self.page_size)
+
+
+class SchedulerConfig(Section):
+    """What runs together in one step."""
+
+    max_num_seqs: PositiveInt = Field(default=16, description="Requests that run at the same time.")
+    max_num_batched_tokens: PositiveInt = Field(
+        default=512,
+        description="Prompt tokens processed in one step; a longer prompt is processed in chunks"
+        " of this many.",
+    )
+
+
+class DispatchConfig(Section):
+    """Overrides of the format in which tokens travel to the experts."""
+
+    dtype: DispatchChoice = Field(
+        default="auto",
+        description="Dispatch format of the main model; `auto` leaves the choice to the layers and"
+        " the backend, and is not the same as `bf16`.",
+    )
+    draft_dtype: DispatchChoice = Field(
+        default="auto",
+        description="Dispatch format of the draft model, decided apart from the main one.",
+    )
+
+
+class EngineConfig(Section):
+    """Everything an engine is built from.
+
+    Raises:
+        ConfigError: unknown keys, wrong types and bad values, all of them in one message.
+    """
+
+    model: PathText = Field(
+        default="builtin",
+        description="Path of a model directory in the Hugging Face layout, relative to the working"
+        " directory, or `builtin` for the small model that comes with Mortise.",
+    )
+    backend: str = Field(
+        default="reference",
+        min_length=1,
+        description="Name of an installed backend; `mortise backends` lists them.",
+    )
+    device: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Device the backend runs on, in the backend's own words; unset means its"
+        " default, `emulated` means the chip's numerics on the processor.",
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="Type of the hidden state; `auto` is what the checkpoint says."
+    )
+    strict: bool = Field(
+        default=False,
+        description="Make it an error when a backend hands a hook over to the reference"
+        " implementation, which otherwise is reported once.",
+    )
+    threads: PositiveInt | None = Field(
+        default=None,
+        description="Threads of one operation on the processor; unset leaves torch's choice.",
+    )
+    backend_options: BackendOptions = Field(
+        default_factory=FrozenTable,
+        description="A table for each backend, by name; its keys are the backend's own and the"
+        " backend checks them.",
+    )
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """Read a TOML file; what it does not mention keeps its default.
+
+        Raises:
+            ConfigError: the file is missing or not TOML, or its keys or values are wrong.
+        """
+        source, values = f"file {path}", read_toml(Path(path))
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise config_error(problems_in(error, cls, f"from {source}"), cls) from None
