@@ -37,16 +37,23 @@ def declared(path: Path) -> set[str]:
     return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
 
 
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
 def imported(root: Path) -> set[str]:
-    """Top-level packages that the sources below a root import, the standard library excepted."""
+    """Top-level packages that run-time imports below a root name, the standard library excepted."""
     names: set[str] = set()
-    for path in python_files(root):
-        for node in ast.walk(syntax_tree(path)):
-            match node:
-                case ast.Import(names=aliases):
-                    names.update(alias.name.split(".")[0] for alias in aliases)
-                case ast.ImportFrom(module=str(module), level=0):
-                    names.add(module.split(".")[0])
+    pending: list[ast.AST] = [syntax_tree(path) for path in python_files(root)]
+    while pending:
+        node = pending.pop()
+        match node:
+            case ast.Import(names=aliases):
+                names.update(alias.name.split(".")[0] for alias in aliases)
+            case ast.ImportFrom(module=str(module), level=0):
+                names.add(module.split(".")[0])
+        if not is_for_types_only(node):
+            pending.extend(ast.iter_child_nodes(node))
     return names - sys.stdlib_module_names - {"__future__"}
 
 
