@@ -5,8 +5,8 @@ The rule, for every module of core and plugins:
 - no ``global`` statement;
 - every value bound at module level is immutable through and through: a number, text, enumeration
   member, dtype, compiled pattern, frozen record, tuple, frozen set or read-only mapping of such
-  values; or it is code: a function, class, module, type alias, command of the command line, hook
-  marker, logger;
+  values, or an object that can hold nothing (``__slots__ = ()``); or it is code: a function, class,
+  module, type alias, command of the command line, hook marker, logger;
 - no memoising decorator at module level, because its memory is state as well;
 - a class holds no list, dict or set of its own, apart from what Python and pydantic keep there.
 
@@ -77,6 +77,12 @@ def is_type_form(value: object) -> bool:
     }
 
 
+def holds_nothing(value: object) -> bool:
+    """Whether an object of ours has no place for an attribute: only empty slots in its classes."""
+    kinds = [kind for kind in type(value).__mro__ if kind is not object]
+    return bool(kinds) and all(vars(kind).get("__slots__") == () for kind in kinds)
+
+
 def fields_of(value: object) -> list[object] | None:
     """The parts of a frozen record, or None if the value is not one."""
     if dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[attr-defined]
@@ -97,6 +103,8 @@ def is_immutable(value: object) -> bool:
         case functools.partial():
             return all(map(is_immutable, (value.func, *value.args, *value.keywords.values())))
     if isinstance(value, (*PLAIN, *CODE)) or is_type_form(value):
+        return True
+    if holds_nothing(value):
         return True
     fields = fields_of(value)
     return fields is not None and all(map(is_immutable, fields))
@@ -129,6 +137,10 @@ def mutable_in_class(owner: type) -> list[str]:
     ]
 
 
+class Stateless:
+    __slots__ = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenRecord:
     value: object
@@ -152,7 +164,7 @@ def test_the_rule_rejects(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [1, ("a", frozenset({1})), FrozenRecord((1,)), torch.float32, len]
+    "value", [1, ("a", frozenset({1})), FrozenRecord((1,)), Stateless(), torch.float32, len]
 )
 def test_the_rule_accepts(value: object) -> None:
     assert is_immutable(value)
