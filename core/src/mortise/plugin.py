@@ -1,4 +1,4 @@
-"""Everything the author of a backend imports: the base class, the hook marker and the records of the contract."""
+"""Everything the author of a backend imports: base class, hook marker and records."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ __all__ = [
 ]
 
 hookimpl: Final = pluggy.HookimplMarker(PROJECT)
-"""Marks a method as the implementation of the hook of the same name; takes no options but ``specname``."""
+"""Marks a method as the answer to the hook of its name; no option but ``specname`` is allowed."""
 
 
 class Backend(ABC):
@@ -124,10 +124,10 @@ class Backend(ABC):
 
     @classmethod
     def probe(cls) -> DeviceProbe:
-        """Say whether the device is here; asked for ``backend = "auto"`` alone, in a process of its own.
+        """Say whether the device is here; asked in a process of its own, for ``auto`` alone.
 
-        A crash or an endless wait of the vendor's driver stays in that process. A backend that needs
-        no device keeps this answer.
+        A crash or an endless wait of the vendor's driver stays in that process. A backend that
+        needs no device keeps this answer.
         """
         return DeviceProbe(found=True, reason="needs no device")
 

@@ -1,0 +1,147 @@
+"""Take a backend through its whole life: discover, validate, select, bind, for one model role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from mortise.backends.auto import select_auto
+from mortise.backends.bind import BoundParts, bind, import_backend, ops_table
+from mortise.backends.candidate import Candidate, Stage, replace_row
+from mortise.backends.decisions import Decision
+from mortise.backends.discover import discover_backends, engine_version
+from mortise.backends.select import select_by_name
+from mortise.backends.validate import AUTO, REFERENCE
+from mortise.errors import BackendUnusableError
+from mortise.spec.capabilities import BindContext
+from mortise.spec.hooks import HOOKS
+from mortise.spec.reasons import ReasonCode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mortise.backends.ops import Ops
+    from mortise.spec.roles import ModelRole
+
+
+class ProviderRule(StrEnum):
+    """Why a hook is answered by whom."""
+
+    IMPLEMENTED = "implemented"
+    FALLBACK = "fallback"
+    """The backend does not implement it: the exact reference answers, on the same device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundBackend:
+    """A backend bound for one model role.
+
+    Args:
+        ops: what the model calls.
+        decisions: which backend was chosen and who provides each hook, with reasons.
+        row: the chosen row.
+        candidates: the whole table, as it stood after binding.
+    """
+
+    ops: Ops
+    decisions: tuple[Decision, ...]
+    row: Candidate
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def fallbacks(self) -> tuple[Decision, ...]:
+        """Hooks that the reference answers instead of the chosen backend; news for the user."""
+        return tuple(
+            decision for decision in self.decisions if decision.rule == ProviderRule.FALLBACK
+        )
+
+
+def load_backend(
+    name: str,
+    *,
+    role: ModelRole,
+    device: str | None = None,
+    options: Mapping[str, object] | None = None,
+    strict: bool = False,
+    source: str = "the caller",
+    candidates: Sequence[Candidate] | None = None,
+) -> BoundBackend:
+    """Find the backend of a name and bind it for one model role.
+
+    Args:
+        name: name of a backend, ``distribution:name``, or ``auto``.
+        role: the model it is bound for; call once per role, nothing is shared.
+        device: the configured device text, or None for the backend's own.
+        options: the backend's own table of the configuration.
+        strict: hooks that the backend does not implement are an error.
+        source: where the name came from, for the decision (``engine.toml``, ``--backend``).
+        candidates: rows of an earlier ``discover_backends``, to read the metadata once.
+
+    Raises:
+        BackendError: with the reason code of what went wrong; ``create`` may raise ``ConfigError``.
+    """
+    rows = discover_backends() if candidates is None else tuple(candidates)
+    selection = select_auto(rows) if name == AUTO else select_by_name(rows, name)
+    owner = import_backend(selection.row)
+    context = BindContext(
+        role=role, device=device, options=dict(options or {}), engine_version=engine_version()
+    )
+    parts = bind(owner, selection.row, context)
+    row = replace(selection.row, stage=Stage.BOUND)
+    missing = tuple(hook for hook in HOOKS if hook not in parts.hooks)
+    if missing and strict:
+        raise _fallback_denied(row, missing)
+    providers = dict.fromkeys(HOOKS, parts)
+    if missing:
+        providers |= dict.fromkeys(missing, _reference(rows, parts, context))
+    return BoundBackend(
+        ops=ops_table(parts, providers, role),
+        decisions=(
+            Decision(
+                role=role,
+                subject="backend",
+                value=str(parts.identity),
+                rule=selection.rule,
+                reason=selection.reason,
+                source=source,
+            ),
+            *(_provider_decision(hook, parts, providers[hook], row, context) for hook in HOOKS),
+        ),
+        row=row,
+        candidates=replace_row(selection.candidates, selection.row, row),
+    )
+
+
+def _provider_decision(
+    hook: str, chosen: BoundParts, provider: BoundParts, row: Candidate, context: BindContext
+) -> Decision:
+    implemented = provider is chosen
+    return Decision(
+        role=context.role,
+        subject=hook,
+        value=str(provider.identity),
+        rule=ProviderRule.IMPLEMENTED if implemented else ProviderRule.FALLBACK,
+        reason=f"its manifest implements version {HOOKS[hook].version}"
+        if implemented
+        else f"{row.name} does not implement it; the exact reference answers on "
+        f"{provider.capabilities.device}",
+        source=row.provenance,
+    )
+
+
+def _reference(rows: Sequence[Candidate], parts: BoundParts, context: BindContext) -> BoundParts:
+    """The reference on the chosen backend's device, for the hooks that it lacks."""
+    row = select_by_name(rows, REFERENCE).row
+    on_device = replace(context, device=str(parts.capabilities.device), options={})
+    return bind(import_backend(row), row, on_device)
+
+
+def _fallback_denied(row: Candidate, missing: Sequence[str]) -> BackendUnusableError:
+    return BackendUnusableError(
+        f"backend {row.name!r} does not implement {', '.join(missing)}",
+        reason=ReasonCode.DENIED_BY_CONFIG,
+        details=[f"found: {row.provenance}", "strict denies the reference as a substitute"],
+        expected="a backend that implements every hook",
+        remedy="configure strict = false, or another backend",
+    )
