@@ -43,6 +43,20 @@ class BoundParts:
     hooks: Mapping[str, Callable[..., Any]]
 
 
+class _OneBackendManager(pluggy.PluginManager):
+    """A manager that looks at attributes which can be hooks, not at the dozens Python adds."""
+
+    def parse_hookspec_opts(self, module_or_class: object, name: str) -> pluggy.HookspecOpts | None:
+        if name not in hooks.HOOKS:
+            return None
+        return super().parse_hookspec_opts(module_or_class, name)  # type: ignore[arg-type]
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        if name.startswith("__"):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+
 def import_backend(row: Candidate) -> type[Backend]:
     """Import the class of one row, and nothing of any other.
 
@@ -141,7 +155,7 @@ def _checked_capabilities(backend: Backend, row: Candidate) -> Capabilities:
 def _registered(backend: Backend, row: Candidate) -> dict[str, Callable[..., Any]]:
     """What pluggy made of the object; it must be what the manifest says, no less and no more."""
     assert row.manifest is not None
-    manager = pluggy.PluginManager(hooks.PROJECT)
+    manager = _OneBackendManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
     try:
         manager.register(backend, name=row.name)

@@ -65,6 +65,8 @@ def check_implementations(owner: type, row: Candidate) -> None:
 
 def _implementations(owner: type) -> Iterator[Implementation]:
     for attribute in dir(owner):
+        if attribute.startswith("__"):
+            continue
         value = inspect.getattr_static(owner, attribute, None)
         options = _options(value)
         if options is not None:
