@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 import numpy as np
@@ -40,7 +40,7 @@ class Ngrams:
 
     def save(self, file: Path) -> None:
         """Write the counts to a safetensors file."""
-        tensors = {
+        tensors: dict[str, npt.NDArray[Any]] = {
             "unigrams": self.unigrams_V,
             "bigram_offsets": self.offsets,
             "bigram_columns": self.columns_P,

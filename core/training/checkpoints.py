@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from torch import nn
 
 CHECKPOINT: Final = "checkpoint.pt"
 
@@ -26,35 +27,50 @@ class Progress:
 
 
 def save(
-    directory: Path,
+    file: Path,
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     progress: Progress,
-    name: str = CHECKPOINT,
 ) -> None:
-    """Write the state of a run to `directory / name`, replacing the file in one move."""
-    state = {
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "progress": asdict(progress),
+    """Write the state of a run to `file`, replacing it in one move.
+
+    Optimizer states are kept by parameter name: the next stage may train other parameters.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states = {
+        names[parameter]: state
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
     }
-    temporary = directory / f"{name}.partial"
-    torch.save(state, temporary)
-    temporary.replace(directory / name)
+    temporary = file.with_suffix(".partial")
+    torch.save(
+        {"model": model.state_dict(), "optimizer": states, "progress": asdict(progress)}, temporary
+    )
+    temporary.replace(file)
 
 
-def load(
-    directory: Path,
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    name: str = CHECKPOINT,
-) -> Progress:
-    """Restore a run from `directory / name`; without such a file it begins anew."""
-    file = directory / name
-    if not file.exists():
-        return Progress()
-    state = torch.load(file, weights_only=True)
-    model.load_state_dict(state["model"])
-    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(optimizer_state)
-    return Progress(**state["progress"])
+def read(file: Path) -> dict[str, Any]:
+    """Return what `save` wrote."""
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
+
+
+def restore(
+    state: dict[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Fill model and optimizers from a saved state; only indexers may be missing from it."""
+    missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    assert not unexpected, unexpected
+    assert all(".indexer." in name for name in missing), missing
+    for name, parameter in model.named_parameters():
+        if name in state["optimizer"]:
+            _owner(parameter, optimizers).state[parameter] = state["optimizer"][name]
+
+
+def _owner(
+    parameter: nn.Parameter, optimizers: Sequence[torch.optim.Optimizer]
+) -> torch.optim.Optimizer:
+    for optimizer in optimizers:
+        if any(parameter is own for group in optimizer.param_groups for own in group["params"]):
+            return optimizer
+    raise AssertionError("a parameter belongs to no optimizer")

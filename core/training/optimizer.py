@@ -20,6 +20,8 @@ NEWTON_SCHULZ_COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS: Final = 5
 UPDATE_RMS: Final = 0.2
 SMALLEST_NORM: Final = 1e-7
+# At the full rate every router ran to the same few experts within ten steps, all tokens agreeing.
+GATE_RATE_SCALE: Final = 0.1
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -49,6 +51,9 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate, of the size one would give AdamW.
         momentum: decay of the momentum.
         weight_decay: decoupled, multiplied by the learning rate.
+
+    A group's `parts` says of how many matrices, one below the other, its parameters are made: two
+    where gate and up projection share a tensor.
     """
 
     def __init__(
@@ -59,7 +64,8 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
+        super().__init__(parameters, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -69,25 +75,22 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple[int, int], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shape = (parameter.shape[-2], parameter.shape[-1])
+                    shape = (parameter.shape[-2] // group["parts"], parameter.shape[-1])
                     by_shape.setdefault(shape, []).append(parameter)
-            for (out_size, in_size), parameters in by_shape.items():
-                scale = UPDATE_RMS * max(out_size, in_size) ** 0.5
-                self._update(parameters, group, scale)
+            for shape, parameters in by_shape.items():
+                self._update(parameters, shape, group)
 
-    def _update(self, parameters: Sequence[Tensor], group: dict[str, Any], scale: float) -> None:
+    def _update(
+        self, parameters: Sequence[Tensor], shape: tuple[int, int], group: dict[str, Any]
+    ) -> None:
         """Update parameters whose matrices have one shape, as one batch of matrices."""
-        directions = [
-            self._nesterov(parameter, group["momentum"]).flatten(0, -3)
-            if parameter.dim() > 2
-            else self._nesterov(parameter, group["momentum"])[None]
-            for parameter in parameters
-        ]
-        updates = orthogonalise(torch.cat(directions)).split([len(d) for d in directions])
+        momentum, rate = group["momentum"], group["lr"]
+        directions = [self._nesterov(p, momentum).reshape(-1, *shape) for p in parameters]
+        updates = torch.split(orthogonalise(torch.cat(directions)), [len(d) for d in directions])
+        scale = UPDATE_RMS * max(shape) ** 0.5
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            step = update.reshape(parameter.shape).to(parameter.dtype)
-            parameter.add_(step, alpha=-group["lr"] * scale)
+            parameter.mul_(1 - rate * group["weight_decay"])
+            parameter.add_(update.reshape(parameter.shape).to(parameter.dtype), alpha=-rate * scale)
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
         """Take the gradient into the parameter's momentum and return the look-ahead of it."""
@@ -102,8 +105,13 @@ class Muon(torch.optim.Optimizer):
 
 def uses_muon(name: str, parameter: Tensor) -> bool:
     """Tell whether Muon trains this parameter: a matrix, but no embedding and no router gate."""
-    embedding_or_gate = "embed_tokens" in name or "lm_head" in name or name.endswith("gate.weight")
-    return parameter.dim() >= 2 and not embedding_or_gate
+    is_embedding = "embed_tokens" in name or "lm_head" in name
+    return parameter.dim() >= 2 and not is_embedding and not is_gate(name)
+
+
+def is_gate(name: str) -> bool:
+    """Tell whether this parameter is a router's matrix."""
+    return name.endswith("gate.weight")
 
 
 def build(
@@ -114,24 +122,30 @@ def build(
     betas: tuple[float, float],
     epsilon: float,
 ) -> list[torch.optim.Optimizer]:
-    """Return Muon and AdamW over the parameters, a group each for the model and for its indexers.
+    """Return Muon and AdamW over the parameters, in groups for the model and for its indexers.
 
-    Every group carries `is_indexer`; learning rates are set by the schedule before each step.
+    Every group carries `is_indexer` and `rate_scale`; the schedule sets its learning rate, which
+    the scale multiplies, before each step.
     """
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    groups: dict[tuple[bool, bool, int, float], list[Tensor]] = {}
     for name, parameter in named_parameters:
-        key = (uses_muon(name, parameter), ".indexer." in name)
+        rate_scale = GATE_RATE_SCALE if is_gate(name) else 1.0
+        key = (uses_muon(name, parameter), ".indexer." in name, num_parts(name), rate_scale)
         groups.setdefault(key, []).append(parameter)
-    matrices = [_group(groups, True, is_indexer) for is_indexer in (False, True)]
-    others = [_group(groups, False, is_indexer) for is_indexer in (False, True)]
-    muon = Muon(matrices, lr=0.0, momentum=momentum, weight_decay=weight_decay)
-    adamw = torch.optim.AdamW(
-        others, lr=0.0, betas=betas, eps=epsilon, weight_decay=0.0, fused=True
+    matrices, others = (
+        [
+            {"params": parameters, "is_indexer": is_indexer, "parts": parts, "rate_scale": scale}
+            for (muon, is_indexer, parts, scale), parameters in groups.items()
+            if muon is wanted
+        ]
+        for wanted in (True, False)
     )
-    return [muon, adamw]
+    return [
+        Muon(matrices, lr=0.0, momentum=momentum, weight_decay=weight_decay),
+        torch.optim.AdamW(others, lr=0.0, betas=betas, eps=epsilon, weight_decay=0.0, fused=True),
+    ]
 
 
-def _group(
-    groups: dict[tuple[bool, bool], list[Tensor]], is_matrix: bool, is_indexer: bool
-) -> dict[str, Any]:
-    return {"params": groups.get((is_matrix, is_indexer), []), "is_indexer": is_indexer}
+def num_parts(name: str) -> int:
+    """Return of how many matrices a parameter is made: gate and up projection share a tensor."""
+    return 2 if name.endswith(("gate_up_proj.weight", "w13")) else 1

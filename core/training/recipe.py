@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +36,9 @@ class LearningRate(_Strict):
         return self.peak + (self.final - self.peak) * decayed / self.decay_steps
 
 
+NO_RATE = LearningRate(peak=0, final=0, warmup_steps=0, decay_steps=0)
+
+
 class Stage(_Strict):
     """One stage: what learns, from how long sequences, for how many steps.
 
@@ -43,7 +46,8 @@ class Stage(_Strict):
     embedding; "indexer" trains only the indexers, on dense attention with YaRN; "sparse" trains
     everything on the selected keys. A step sees `sequences` windows of `sequence_length` tokens,
     `sequences_per_pass` at a time. The MTP layer learns from step `mtp_from_step` on, with a loss
-    of weight `mtp_weight`; 0 leaves it out.
+    of weight `mtp_weight`; 0 leaves it out. `bias_update_rate` is the step of the routers' correction
+    bias towards an even load.
     """
 
     name: str
@@ -52,12 +56,17 @@ class Stage(_Strict):
     sequence_length: Positive
     sequences: Positive
     sequences_per_pass: Positive
-    learning_rate: LearningRate = LearningRate(peak=0, final=0, warmup_steps=0, decay_steps=0)
-    indexer_learning_rate: LearningRate = LearningRate(
-        peak=0, final=0, warmup_steps=0, decay_steps=0
-    )
+    learning_rate: LearningRate = NO_RATE
+    indexer_learning_rate: LearningRate = NO_RATE
     mtp_weight: Annotated[float, Field(ge=0)] = 0.0
     mtp_from_step: NotNegative = 0
+    bias_update_rate: LearningRate = NO_RATE
+
+    @model_validator(mode="after")
+    def _whole_passes(self) -> Self:
+        if self.sequences % self.sequences_per_pass:
+            raise ValueError("sequences must be a multiple of sequences_per_pass")
+        return self
 
     def mtp_weight_at(self, step: int) -> float:
         """Return the weight of the MTP loss in step number `step`."""
@@ -80,7 +89,7 @@ class Recipe(_Strict):
     seed: NotNegative
     held_out_sequences: Positive
     checkpoint_seconds: Positive
-    bias_update_rate: Annotated[float, Field(ge=0)]
+    embedding_std: Annotated[float, Field(gt=0)]
     optimizer: OptimizerRecipe
     stages: tuple[Stage, ...]
     model: dict[str, Any]
