@@ -56,8 +56,12 @@ class PagedPass(Protocol):
 class CausalLM(Protocol):
     """A language model of one role, built on bound hooks."""
 
-    def finish_loading(self) -> tuple[DispatchDecision, ...]:
-        """Decide and prepare, once the weights are in; again after weight updates."""
+    def finish_loading(self) -> Mapping[str, DispatchDecision]:
+        """Decide and prepare, once the weights are in; again after weight updates.
+
+        Returns:
+            What was decided for each layer of experts, by its dotted name.
+        """
         ...
 
     def new_pool(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> CachePool:

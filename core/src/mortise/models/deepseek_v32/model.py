@@ -103,12 +103,11 @@ class DeepseekV32ForCausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = rotary_embedding(config)
 
-    def finish_loading(self) -> tuple[DispatchDecision, ...]:
+    def finish_loading(self) -> dict[str, DispatchDecision]:
         """Let every layer of experts decide and prepare; after loading and after weight updates."""
         self.rotary.to(self.model.norm.weight.device)
-        return tuple(
-            module.finish_loading() for module in self.modules() if isinstance(module, MoELayer)
-        )
+        layers = [module for module in self.modules() if isinstance(module, MoELayer)]
+        return {layer.name: layer.finish_loading() for layer in layers}
 
     def new_pool(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> LatentPool:
         """An empty cache for every layer."""

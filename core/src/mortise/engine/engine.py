@@ -1,0 +1,173 @@
+"""The loop that turns requests into tokens, one step at a time."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from itertools import count
+from typing import TYPE_CHECKING
+
+from mortise.engine.events import TokenEvent
+from mortise.engine.limits import check_prompt, new_token_limit
+from mortise.engine.logprobs import TokenLogprobs, logprobs_of
+from mortise.engine.request import Finish, FinishReason, Request, finish_of
+from mortise.engine.runner import Runner
+from mortise.engine.sampler import sample
+from mortise.engine.scheduler import Scheduler
+from mortise.engine.text import TextStream
+from mortise.errors import ModelConfigError, PromptTooLongError
+from mortise.kv.pages import PageAllocator, pages_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from mortise.checkpoint import Tokenizer
+    from mortise.config import EngineConfig
+    from mortise.engine.loading import LoadedModel
+    from mortise.engine.sampling_params import SamplingParams
+
+
+class Engine:
+    """Continuous batching over one loaded model; for one thread.
+
+    Args:
+        loaded: the model, its cache and its facts.
+        tokenizer: makes text of tokens; None where the model has none.
+        config: limits of a step.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, tokenizer: Tokenizer | None, config: EngineConfig
+    ) -> None:
+        self._facts = loaded.facts
+        self._eos_token_ids = frozenset(loaded.directory.eos_token_ids)
+        self._tokenizer = tokenizer
+        self._chunk = config.scheduler.max_num_batched_tokens
+        self._allocator = PageAllocator(loaded.pool.num_pages)
+        self.scheduler = Scheduler(
+            self._allocator,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        )
+        self.runner = Runner(loaded.model, loaded.pool, loaded.device, config.threads)
+        self._ids = count()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is not finished."""
+        return self.scheduler.has_work
+
+    def request(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0
+    ) -> Request:
+        """Check what is asked and make it definite; nothing is queued yet.
+
+        Raises:
+            RequestError: the prompt is empty, holds what is no token, or is too long with the
+                tokens asked for; or stop texts are given and there is no tokenizer.
+            CapacityError: the cache is too small for it.
+        """
+        token_ids = list(prompt_token_ids)
+        check_prompt(token_ids, self._facts.vocab_size)
+        max_new_tokens = new_token_limit(
+            num_prompt_tokens=len(token_ids),
+            max_tokens=params.max_tokens,
+            context=self._facts.max_position_embeddings,
+            num_pages=self._allocator.num_pages,
+        )
+        eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        return Request(
+            id=next(self._ids),
+            prompt_token_ids=token_ids,
+            params=params,
+            max_new_tokens=max_new_tokens,
+            seed=secrets.randbits(32) if params.seed is None else params.seed,
+            stop_token_ids=eos_token_ids.union(params.stop_token_ids),
+            text=self._text_stream(token_ids, params),
+            index=index,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        request.added_at = time.perf_counter()
+        self.scheduler.add(request)
+
+    def abort(self, request: Request) -> None:
+        """Give up a request, unless it is finished; its pages are free at once."""
+        if request.finish is None:
+            request.finish = Finish(FinishReason.ABORTED)
+            request.finished_at = time.perf_counter()
+            self.scheduler.remove(request)
+
+    def step(self) -> list[TokenEvent]:
+        """Run one forward pass; the tokens that came of it, none if it only read prompts."""
+        batch = self.scheduler.schedule()
+        assert batch is not None, "a step without work"
+        places = batch.sampled()
+        logits_BV = self.runner.run(batch, places)
+        self.scheduler.advance(batch)
+        return self._sample(logits_BV, [batch.requests[place] for place in places])
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """float32 ``[T, vocab]``: what the model expects after each token of one sequence.
+
+        Raises:
+            RequestError: the sequence is empty, holds what is no token, or exceeds the context.
+            CapacityError: the pages for it are not free.
+        """
+        token_ids = list(token_ids)
+        check_prompt(token_ids, self._facts.vocab_size)
+        context = self._facts.max_position_embeddings
+        if len(token_ids) > context:
+            raise PromptTooLongError(
+                f"the sequence has {len(token_ids)} tokens",
+                expected=f"at most {context}, the model's context",
+                remedy="score it in windows, as `mortise eval` does",
+            )
+        pages = self._allocator.allocate(pages_for(len(token_ids)))
+        try:
+            return self.runner.logits(token_ids, pages, self._chunk)
+        finally:
+            self._allocator.release(pages)
+
+    def _sample(self, logits_BV: torch.Tensor, requests: list[Request]) -> list[TokenEvent]:
+        if not requests:
+            return []
+        token_ids = sample(logits_BV, requests)
+        logprobs = logprobs_of(logits_BV, token_ids, requests)
+        now = time.perf_counter()
+        return [
+            self._collect(request, token_id, logprob, now)
+            for request, token_id, logprob in zip(requests, token_ids, logprobs, strict=True)
+        ]
+
+    def _collect(
+        self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now: float
+    ) -> TokenEvent:
+        """Give a request its token, and let go of it if that was the last."""
+        request.token_ids.append(token_id)
+        if request.first_token_at is None:
+            request.first_token_at = now
+        stream = request.text
+        text = ""
+        if stream is not None and token_id not in request.stop_token_ids:
+            text = stream.push(token_id)
+        request.finish = finish_of(request)
+        if request.finish is not None:
+            request.finished_at = now
+            self.scheduler.remove(request)
+            text += "" if stream is None else stream.flush()
+        return TokenEvent(request.id, request.index, token_id, text, logprobs, request.finish)
+
+    def _text_stream(self, token_ids: list[int], params: SamplingParams) -> TextStream | None:
+        if self._tokenizer is not None:
+            return TextStream(self._tokenizer.stream_decoder(), token_ids, params.stop)
+        if params.stop:
+            raise ModelConfigError(
+                f"stop texts are given ({params.stop!r}), and this model has no tokenizer.json",
+                expected="a tokenizer, or stop_token_ids alone",
+                remedy="give stop_token_ids, or add tokenizer.json to the model directory",
+            )
+        return None

@@ -1,0 +1,151 @@
+"""A language model in a few lines of Python: text in, text out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mortise.checkpoint import Tokenizer
+from mortise.config import EngineConfig, ResolvedConfig
+from mortise.engine.engine import Engine
+from mortise.engine.generation import Delivery, Generation
+from mortise.engine.loading import load_model
+from mortise.engine.prompts import Prompt, prompts_of, sampling_of, token_ids_of
+from mortise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from mortise.backends import Decision
+    from mortise.engine.events import Completion
+    from mortise.engine.loading import LoadedModel, LoadProgress
+    from mortise.engine.sampling_params import SamplingParams
+
+    Prompts = str | Prompt | Sequence[int] | Sequence[str | Prompt] | Sequence[Sequence[int]]
+    """A text, the tokens of one, or a list of either."""
+    Sampling = SamplingParams | Sequence[SamplingParams] | None
+    """For every prompt, or one for each."""
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class LLM:
+    """A model, its cache and its backend; for one thread.
+
+    ::
+
+        from mortise import LLM, SamplingParams
+
+        llm = LLM(model="models/my-model", backend="reference")
+        for completion in llm.generate(["def add(", "import "], SamplingParams(max_tokens=16)):
+            print(completion.text)
+
+    Args:
+        config: a whole configuration, made by :class:`EngineConfig` or resolved from files.
+        progress: told the bytes loaded so far and the bytes of all weights.
+        fields: fields of :class:`EngineConfig`, instead of ``config``.
+
+    Raises:
+        MortiseError: the configuration, the backend, the model directory or its weights are wrong.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | ResolvedConfig | None = None,
+        *,
+        progress: LoadProgress | None = None,
+        **fields: Any,
+    ) -> None:
+        if config is not None and fields:
+            raise ConfigError(
+                f"a configuration is given and beside it {', '.join(fields)}",
+                expected="either a configuration or its fields",
+                remedy="put the fields into the configuration",
+            )
+        if not isinstance(config, ResolvedConfig):
+            config = ResolvedConfig.of(config or EngineConfig(**fields))
+        self.resolved = config
+        self._loaded = load_model(config, progress)
+        directory = self._loaded.directory.path
+        self._tokenizer = (
+            Tokenizer.load(directory) if (directory / TOKENIZER_FILE).is_file() else None
+        )
+        self._engine = Engine(self._loaded, self._tokenizer, config.config)
+        self._delivery = Delivery(self._engine)
+
+    @property
+    def config(self) -> EngineConfig:
+        """What it was made from."""
+        return self.resolved.config
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model with its facts: architecture, dtype, device, backend, seconds of loading."""
+        return self._loaded
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Every decision with its rule and reason, in the order in which they were taken."""
+        return self._loaded.decisions
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back.
+
+        Raises:
+            ModelConfigError: the model directory has none.
+        """
+        return self._tokenizer or Tokenizer.load(self._loaded.directory.path)
+
+    def generate(self, prompts: Prompts, sampling: Sampling = None) -> list[Completion]:
+        """Continue each prompt.
+
+        Args:
+            prompts: a text, the tokens of one, or a list of texts or of lists of tokens.
+            sampling: for all of them, or one for each; None is greedy, 128 tokens at most.
+
+        Returns:
+            One completion a prompt, in the order of the prompts.
+
+        Raises:
+            RequestError: before anything runs, if any of them cannot be served as asked.
+            CapacityError: likewise, if one alone exceeds the cache.
+        """
+        return self.stream(prompts, sampling).completions()
+
+    def stream(self, prompts: Prompts, sampling: Sampling = None) -> Generation:
+        """As :meth:`generate`, one token at a time, the prompts mixed as their tokens come.
+
+        Leaving the loop early and dropping the generation gives up what is not finished.
+        """
+        found = prompts_of(prompts, self._tokenizer)
+        return Generation(self._delivery, found, sampling_of(sampling, len(found)))
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        """A conversation as the model was trained on it, ready for :meth:`generate`.
+
+        Args:
+            messages: turns such as ``{"role": "user", "content": "Hello"}``, the oldest first.
+
+        Raises:
+            ModelConfigError: the model has no tokenizer or no chat template.
+            RequestError: the template refuses the messages.
+        """
+        text = self.tokenizer.apply_chat_template(messages)
+        return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=False)), text)
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """What the model expects after each token of one sequence, through the paged cache.
+
+        Args:
+            token_ids: T tokens, taken as they are.
+
+        Returns:
+            float32 ``[T, vocab]`` on the backend's device.
+
+        Raises:
+            RequestError: the sequence is empty, holds what is no token, or exceeds the context.
+            CapacityError: the cache has no room for it.
+        """
+        return self._engine.logits(token_ids_of(token_ids))

@@ -1,0 +1,143 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mortise.engine.sampling_params import SamplingParams
+    from mortise.engine.text import TextStream
+
+
+class FinishReason(StrEnum):
+    """Why a request generates no more."""
+
+    STOP = "stop"
+    """An end-of-text token, a stop token or a stop text came."""
+    LENGTH = "length"
+    """It has as many tokens as it asked for, or the context is full."""
+    ABORTED = "aborted"
+    """Its caller gave it up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a request: why, and the token or text that made it stop."""
+
+    reason: FinishReason
+    stopped_by: int | str | None = None
+
+
+class Request:
+    """What is asked, and how far it is.
+
+    The engine alone changes it. ``token_ids`` are the prompt's tokens and then the generated ones;
+    the first ``num_computed`` of them have their rows in the cache, in ``pages``. All but the last
+    token must be there before another can be sampled.
+
+    Args:
+        id: number that tells live requests apart; a lower one came earlier.
+        prompt_token_ids: at least one.
+        params: as asked.
+        max_new_tokens: tokens it may generate, ``params.max_tokens`` made definite.
+        seed: of its random numbers, ``params.seed`` made definite.
+        stop_token_ids: tokens that end it, the model's own among them unless ignored.
+        text: makes text of its tokens; None where there is no tokenizer.
+        index: place of the prompt in its call.
+    """
+
+    __slots__ = (
+        "added_at",
+        "finish",
+        "finished_at",
+        "first_token_at",
+        "id",
+        "index",
+        "max_new_tokens",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "pages",
+        "params",
+        "prefill_target",
+        "random",
+        "seed",
+        "stop_token_ids",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        *,
+        id: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        max_new_tokens: int,
+        seed: int,
+        stop_token_ids: frozenset[int] = frozenset(),
+        text: TextStream | None = None,
+        index: int = 0,
+    ) -> None:
+        self.id = id
+        self.index = index
+        self.params = params
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.stop_token_ids = stop_token_ids
+        self.text = text
+        # Python's own generator gives the same numbers on every device and in every batch.
+        self.random = Random(seed)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.token_ids = list(prompt_token_ids)
+        self.num_computed = 0
+        self.prefill_target = len(prompt_token_ids)
+        self.pages: list[int] = []
+        self.num_preemptions = 0
+        self.finish: Finish | None = None
+        self.added_at = 0.0
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def generated_token_ids(self) -> list[int]:
+        """The generated tokens, the one that ended the request included."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether tokens it had when it was admitted are not in the cache yet."""
+        return self.num_computed < self.prefill_target
+
+    def restart(self) -> None:
+        """Forget what is in the cache; every token so far will be computed again."""
+        self.pages = []
+        self.num_computed = 0
+        self.prefill_target = len(self.token_ids)
+        self.num_preemptions += 1
+
+    def __repr__(self) -> str:
+        return (
+            f"Request(id={self.id}, tokens={len(self.token_ids)}, computed={self.num_computed}, "
+            f"pages={len(self.pages)})"
+        )
+
+
+def finish_of(request: Request) -> Finish | None:
+    """Whether the newest token of a request was its last, and why."""
+    newest = request.token_ids[-1]
+    if newest in request.stop_token_ids:
+        return Finish(FinishReason.STOP, newest)
+    if request.text is not None and request.text.stopped_by is not None:
+        return Finish(FinishReason.STOP, request.text.stopped_by)
+    if request.num_generated >= request.max_new_tokens:
+        return Finish(FinishReason.LENGTH)
+    return None
