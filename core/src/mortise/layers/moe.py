@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mortise.errors import ContractError
+from mortise.errors import BackendUnusableError, ContractError
 from mortise.layers.mlp import SwiGLU
+from mortise.spec.capabilities import ExpertLayerRequest
 from mortise.spec.dispatch import (
     DispatchDecision,
     DispatchDtype,
@@ -86,12 +87,40 @@ class MoELayer(nn.Module):
         self._dispatcher: TokenDispatcher | None = None
 
     def finish_loading(self) -> DispatchDecision:
-        """Decide the dispatch format and lay the weights out; again after every weight update."""
+        """Decide the dispatch format and lay the weights out; again after every weight update.
+
+        Raises:
+            BackendUnusableError: the backend says that it cannot serve this layer.
+            ContractError: the decided format is one the experts cannot consume.
+        """
         weights = self.experts.record(self.name)
+        self._require_support(weights)
         self.decision = self.ops.resolve_dispatch_dtype(self._dispatch_request(weights))
         self._weights = self.ops.prepare_expert_weights(weights, self.decision)
         self._dispatcher = self._make_dispatcher(weights)
         return self.decision
+
+    def _require_support(self, weights: ExpertWeights) -> None:
+        support = self.ops.supports(
+            ExpertLayerRequest(
+                role=self.ops.role,
+                layer=self.name,
+                scheme_w13=weights.w13.scheme,
+                scheme_w2=weights.w2.scheme,
+                num_experts=weights.num_local_experts,
+                num_experts_per_tok=self.gate.num_experts_per_tok,
+                hidden_size=weights.hidden_size,
+                intermediate_size=weights.intermediate_size,
+                compute_dtype=weights.w13.weight.dtype,
+            )
+        )
+        if not support.ok:
+            raise BackendUnusableError(
+                f"layer {self.name}: {support.reason}",
+                reason=ReasonCode.REQUEST_UNSUPPORTED,
+                details=[f"backend {self.ops.backend}"],
+                remedy="use a backend that serves these experts, or the reference",
+            )
 
     def _dispatch_request(self, weights: ExpertWeights) -> DispatchRequest:
         return DispatchRequest(
