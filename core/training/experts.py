@@ -17,9 +17,11 @@ from torch import Tensor
 
 from mortise.reference.dispatch import resolve_dispatch_dtype
 from mortise.reference.moe import prepare_expert_weights
+from mortise.spec.capabilities import Support
 from mortise.spec.dispatch import DispatchedTokens, GroupListKind
 
 if TYPE_CHECKING:
+    from mortise.spec.capabilities import ExpertLayerRequest
     from mortise.spec.dispatch import DispatchFormat, Routing, TokenDispatcherRequest
     from mortise.spec.experts import ExpertWeights
 
@@ -170,6 +172,10 @@ class TrainingOps:
 
     resolve_dispatch_dtype = staticmethod(resolve_dispatch_dtype)
     prepare_expert_weights = staticmethod(prepare_expert_weights)
+
+    def supports(self, request: ExpertLayerRequest) -> Support:
+        """Accept any layer: what is trained is unquantised."""
+        return Support(ok=True)
 
     def create_token_dispatcher(self, request: TokenDispatcherRequest) -> PermutingDispatcher:
         """Return the dispatcher of one layer."""
