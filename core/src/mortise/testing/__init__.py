@@ -1,0 +1,1 @@
+"""Help for tests, of Mortise and of anything that builds on it."""

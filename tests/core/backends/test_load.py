@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mortise.backends import Stage, discover_backends, load_backend
+from mortise.errors import BackendUnusableError
+from mortise.spec.hooks import HOOKS
+from mortise.spec.reasons import ReasonCode
+from mortise.spec.roles import ModelRole
+
+if TYPE_CHECKING:
+    from mortise.testing.distributions import FakeDistribution
+
+
+def test_the_reference_answers_every_hook() -> None:
+    bound = load_backend("reference", role=ModelRole.MAIN, source="engine.toml")
+    chosen, *providers = bound.decisions
+    assert chosen.subject == "backend"
+    assert chosen.source == "engine.toml"
+    assert [decision.subject for decision in providers] == list(HOOKS)
+    assert bound.fallbacks == ()
+    assert bound.row.stage is Stage.BOUND
+    assert bound.row in bound.candidates
+
+
+def test_hooks_that_a_backend_lacks_are_the_references_and_said_so(
+    installed: FakeDistribution,
+) -> None:
+    installed.add_backend("toy", version="3.2")
+    bound = load_backend("toy", role=ModelRole.DRAFT)
+    rules = {decision.subject: decision.rule for decision in bound.decisions}
+    assert rules.pop("backend") == "named"
+    assert rules.pop("qkv_split") == "implemented"
+    assert set(rules.values()) == {"fallback"}
+    assert {decision.subject for decision in bound.fallbacks} == HOOKS.keys() - {"qkv_split"}
+    for decision in bound.fallbacks:
+        assert decision.role is ModelRole.DRAFT
+        assert decision.value.startswith("reference (mortise-core ")
+        assert decision.reason.startswith("toy does not implement it")
+        assert "mortise-toy 3.2" in decision.source
+    assert bound.ops.backend.name == "toy"
+
+
+def test_strict_denies_the_reference_as_a_substitute(installed: FakeDistribution) -> None:
+    installed.add_backend("toy")
+    with pytest.raises(BackendUnusableError) as caught:
+        load_backend("toy", role=ModelRole.MAIN, strict=True)
+    assert caught.value.reason is ReasonCode.DENIED_BY_CONFIG
+    assert "does not implement resolve_dispatch_dtype" in caught.value.what
+    assert load_backend("reference", role=ModelRole.MAIN, strict=True).fallbacks == ()
+
+
+def test_a_table_read_once_serves_both_roles(installed: FakeDistribution) -> None:
+    installed.add_backend("toy")
+    rows = discover_backends()
+    main = load_backend("toy", role=ModelRole.MAIN, candidates=rows)
+    draft = load_backend("toy", role=ModelRole.DRAFT, candidates=rows)
+    assert main.candidates == draft.candidates
+    assert rows == discover_backends(), "the rows that were handed in stay as they were"
