@@ -333,6 +333,7 @@ def growth(directory: Path, mode: str = "as shipped") -> float:
     return float(child.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
 @pytest.mark.parametrize("max_shard_bytes", [1 << 40, 50 << 20], ids=["one file", "several files"])
 def test_loading_never_holds_two_copies(tmp_path: Path, max_shard_bytes: int) -> None:

@@ -10,7 +10,7 @@ from tests.core.checkpoint.conftest import ASSISTANT, BOS, EOS, PAD, USER
 from tokenizers import Tokenizer as Backend
 
 from mortise.checkpoint import Tokenizer
-from mortise.errors import ModelConfigError
+from mortise.errors import ModelConfigError, RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +100,17 @@ def test_a_length_in_the_file_cuts_no_text_and_pads_none(backend: Backend, tmp_p
 def test_text_survives_the_round_trip(backend: Backend, text: str) -> None:
     tokenizer = Tokenizer(Backend.from_str(backend.to_str()))
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_text_that_is_no_unicode(backend: Backend) -> None:
+    tokenizer = Tokenizer(Backend.from_str(backend.to_str()))
+    with pytest.raises(RequestError) as caught:
+        tokenizer.encode("ab\udcff")
+    assert str(caught.value).splitlines() == [
+        "the text is not valid Unicode: '\\udcff' at character 2",
+        "  expected: text that can be written as UTF-8",
+        "  remedy: decode the bytes it came from as what they are, or replace that character",
+    ]
 
 
 def load_error(directory: Path) -> list[str]:

@@ -54,7 +54,7 @@ def test_capacity_pages(cache: CacheConfig, pages: int) -> None:
 
 def test_positional_arguments_are_refused() -> None:
     with pytest.raises(TypeError):
-        EngineConfig("builtin")  # type: ignore[misc]
+        EngineConfig("builtin")  # type: ignore[call-arg]
 
 
 def test_configuration_is_frozen() -> None:
@@ -62,7 +62,7 @@ def test_configuration_is_frozen() -> None:
     for change in (
         lambda: setattr(config, "backend", "y"),
         lambda: setattr(config.cache, "num_pages", 1),
-        lambda: config.backend_options.__setitem__("y", {}),  # type: ignore[attr-defined]
+        lambda: config.backend_options.__setitem__("y", {}),
         lambda: config.backend_options["x"]["table"].__setitem__("a", 2),
         lambda: config.backend_options["x"]["list"].append(2),
     ):

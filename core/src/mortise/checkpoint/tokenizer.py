@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from mortise.checkpoint.chat_template import ChatTemplate, Message
 from mortise.checkpoint.json_file import DOWNLOAD_AGAIN, read_json_object
 from mortise.checkpoint.stream import StreamDecoder
-from mortise.errors import ModelConfigError
+from mortise.errors import ModelConfigError, RequestError
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -76,7 +76,18 @@ class Tokenizer:
         ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json``. Special tokens that
         stand in the text become their ids. Text from ``apply_chat_template`` already has its
         special tokens: encode it without adding any.
+
+        Raises:
+            RequestError: the text holds half of a surrogate pair, which is no character.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text is not valid Unicode: {text[error.start]!a} at character {error.start}",
+                expected="text that can be written as UTF-8",
+                remedy="decode the bytes it came from as what they are, or replace that character",
+            ) from None
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
