@@ -1,0 +1,1 @@
+"""The NVIDIA Blackwell backend of Mortise."""

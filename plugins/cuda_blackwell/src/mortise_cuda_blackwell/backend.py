@@ -1,0 +1,19 @@
+"""The backend class of the NVIDIA Blackwell GPU; it refuses to serve until it answers a hook."""
+
+from __future__ import annotations
+
+from mortise.plugin import Backend, BackendUnusableError, BindContext, ReasonCode
+
+
+class BlackwellBackend(Backend):
+    """Answers no hook yet; the core reads so in its manifest and does not import this class."""
+
+    @classmethod
+    def create(cls, context: BindContext) -> BlackwellBackend:
+        """Refuse, with the reason that the manifest gives."""
+        raise BackendUnusableError(
+            "backend 'cuda_blackwell' cannot serve: no hook is implemented in this release",
+            reason=ReasonCode.CANNOT_SERVE_YET,
+            details=[f"asked for the {context.role.value} model"],
+            remedy="use backend 'reference', or a later mortise-cuda-blackwell",
+        )

@@ -1,0 +1,1 @@
+"""The NVIDIA Hopper backend of Mortise."""
