@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
@@ -24,13 +25,14 @@ from mortise.spec.hooks import NotSupported
 from mortise.spec.reasons import ReasonCode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mortise.backends.ops import Ops
     from mortise.layers.router import GroupedSigmoidRouter
 
-ACCEPTED_UNQUANTISED = {
-    torch.float32: (DispatchDtype.FP32,),
-    torch.bfloat16: (DispatchDtype.BF16,),
-}
+ACCEPTED_UNQUANTISED: Final[Mapping[torch.dtype, tuple[DispatchDtype, ...]]] = MappingProxyType(
+    {torch.float32: (DispatchDtype.FP32,), torch.bfloat16: (DispatchDtype.BF16,)}
+)
 """Formats that experts of scheme ``FLOAT`` can consume."""
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class DeepseekV32Family:
     """Reads ``model_type`` ``deepseek_v3`` and ``deepseek_v32``."""
 
+    __slots__ = ()
+
     model_types = ("deepseek_v3", "deepseek_v32")
 
     def facts(self, raw: Mapping[str, object]) -> ModelFacts:
