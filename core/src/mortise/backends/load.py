@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mortise.backends.ops import Ops
+    from mortise.plugin import Backend
     from mortise.spec.roles import ModelRole
 
 
@@ -39,12 +40,14 @@ class BoundBackend:
 
     Args:
         ops: what the model calls.
+        backend: the object that ``Backend.create`` made for this role.
         decisions: which backend was chosen and who provides each hook, with reasons.
         row: the chosen row.
         candidates: the whole table, as it stood after binding.
     """
 
     ops: Ops
+    backend: Backend
     decisions: tuple[Decision, ...]
     row: Candidate
     candidates: tuple[Candidate, ...]
@@ -97,6 +100,7 @@ def load_backend(
         providers |= dict.fromkeys(missing, _reference(rows, parts, context))
     return BoundBackend(
         ops=ops_table(parts, providers, role),
+        backend=parts.backend,
         decisions=(
             Decision(
                 role=role,
