@@ -127,14 +127,17 @@ class FakeDistribution:
         self.packages.append(package)
         return folder
 
-    def add_metadata(self, distribution: str, version: str, *, entry_points: str) -> None:
+    def add_metadata(
+        self, distribution: str, version: str, *, entry_points: str | None = None
+    ) -> None:
         """Write the metadata of a distribution, and nothing else of it."""
         metadata = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n", encoding="utf-8"
         )
-        (metadata / "entry_points.txt").write_text(entry_points, encoding="utf-8")
+        if entry_points is not None:
+            (metadata / "entry_points.txt").write_text(entry_points, encoding="utf-8")
         # The finder of metadata remembers folders by their time of change, which is coarse.
         importlib.invalidate_caches()
 
