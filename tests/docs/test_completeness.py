@@ -10,8 +10,10 @@ import pytest
 
 from mortise import env, errors
 from mortise.backends.manifest import Manifest
+from mortise.cli import command_tree
 from mortise.spec.hooks import HOOKS
 from mortise.spec.reasons import ReasonCode
+from tests.docs import cli_page
 from tests.docs.pages import DOCS, REPOSITORY
 
 
@@ -86,6 +88,16 @@ def test_hooks_are_listed_in_order_with_version_and_phase() -> None:
     text = (DOCS / "reference/hooks.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \| (\d+) \| (\w+) \|", text, flags=re.MULTILINE)
     assert rows == [(spec.name, str(spec.version), spec.phase.value) for spec in HOOKS.values()]
+
+
+def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
+    shown = cli_page.PAGE.read_text(encoding="utf-8")
+    remedy = "run: python -m tests.docs.cli_page > docs/reference/cli.md"
+    assert shown == cli_page.page(), remedy
+
+
+def test_every_command_has_examples() -> None:
+    assert set(cli_page.EXAMPLES) == set(command_tree().commands)
 
 
 def test_every_page_that_a_message_names_exists() -> None:
