@@ -71,6 +71,16 @@ class Generation:
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in self._requests]
         self._events = self._run()
 
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """What is continued, in order."""
+        return tuple(self._prompts)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model has a tokenizer, so that completions have a text."""
+        return any(request.text is not None for request in self._requests)
+
     def __iter__(self) -> Self:
         return self
 

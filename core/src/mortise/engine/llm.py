@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mortise.engine.loading import LoadedModel, LoadProgress
     from mortise.engine.sampling_params import SamplingParams
 
-    Prompts = str | Prompt | Sequence[int] | Sequence[str | Prompt] | Sequence[Sequence[int]]
+    Prompts = str | Prompt | Sequence[int] | Sequence[str | Prompt | Sequence[int]]
     """A text, the tokens of one, or a list of either."""
     Sampling = SamplingParams | Sequence[SamplingParams] | None
     """For every prompt, or one for each."""

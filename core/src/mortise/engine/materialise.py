@@ -27,4 +27,6 @@ def materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> N
                 empty = torch.empty(parameter.shape, dtype=dtype, device=device)
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
             for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, torch.empty_like(buffer, device=device))
+                # Not empty_like: from the meta device it imports a second's worth of Python.
+                empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                setattr(module, name, empty)

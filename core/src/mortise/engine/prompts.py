@@ -78,6 +78,14 @@ def _prompt_of(prompt: object, tokenizer: Tokenizer | None) -> Prompt:
             expected="token ids",
             remedy="give a list of token ids, or add tokenizer.json to the model directory",
         )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the prompt is not text: character {error.start} stands for a byte that is not UTF-8",
+            expected="text, which is UTF-8",
+            remedy="correct the prompt at that place",
+        ) from None
     return Prompt(tuple(tokenizer.encode(prompt)), prompt)
 
 

@@ -39,7 +39,7 @@ class Request:
     token must be there before another can be sampled.
 
     Args:
-        id: number that tells live requests apart; a lower one came earlier.
+        id: number that tells the requests of an engine apart.
         prompt_token_ids: at least one.
         params: as asked.
         max_new_tokens: tokens it may generate, ``params.max_tokens`` made definite.
@@ -51,6 +51,7 @@ class Request:
 
     __slots__ = (
         "added_at",
+        "arrival",
         "finish",
         "finished_at",
         "first_token_at",
@@ -99,6 +100,7 @@ class Request:
         self.num_preemptions = 0
         self.finish: Finish | None = None
         self.added_at = 0.0
+        self.arrival = 0
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
 

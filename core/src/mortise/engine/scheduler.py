@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 from mortise.kv.pages import PAGE_SIZE, PageAllocator, pages_for
@@ -62,6 +63,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._last_mode = ForwardMode.DECODE
+        self._arrivals = count()
 
     @property
     def has_work(self) -> bool:
@@ -80,6 +82,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request, which must fit into the cache when it runs alone."""
+        request.arrival = next(self._arrivals)
         self._waiting.append(request)
 
     def schedule(self) -> Batch | None:
@@ -114,7 +117,7 @@ class Scheduler:
         assert len(self._running) <= self._max_num_seqs, "too many requests run"
         for request in self._running:
             assert request.num_computed <= len(request.pages) * PAGE_SIZE, f"{request} lacks pages"
-        order = [request.id for request in (*self._running, *self._waiting)]
+        order = [request.arrival for request in (*self._running, *self._waiting)]
         assert order == sorted(order), "a request overtook another"
 
     def _admit(self) -> None:

@@ -1,0 +1,105 @@
+"""Options that several verbs share, and the configuration that they amount to."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from mortise.cli.failure import show_warning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mortise.config import ResolvedConfig
+
+    Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Each option of the command line, its parameter's name, and the key of the configuration it sets.
+CONFIGURATION_OPTIONS: Final = (
+    ("--model", "model", "model"),
+    ("--backend", "backend", "backend"),
+    ("--device", "device", "device"),
+    ("--dtype", "dtype", "dtype"),
+    ("--dispatch-dtype", "dispatch_dtype", "dispatch.dtype"),
+    ("--threads", "threads", "threads"),
+    ("--strict", "strict", "strict"),
+)
+
+
+def configuration_options(command: Command) -> Command:
+    """Add the options that describe an engine."""
+    for add in reversed(
+        [
+            click.option(
+                "--model",
+                metavar="PATH",
+                help="Model directory in the Hugging Face layout.  [default: builtin]",
+            ),
+            click.option(
+                "--backend",
+                metavar="NAME",
+                help="Installed backend, or auto; see `mortise backends`.  [default: reference]",
+            ),
+            click.option("--device", metavar="TEXT", help="Device, in the backend's own words."),
+            click.option(
+                "--dtype",
+                metavar="auto|bfloat16|float32",
+                help="Type of the hidden state; auto is what the checkpoint says.",
+            ),
+            click.option(
+                "--dispatch-dtype",
+                metavar="auto|bf16|fp8|int8|nvfp4",
+                help="Format in which tokens travel to the experts.",
+            ),
+            click.option("--threads", type=int, help="Threads of one operation on the processor."),
+            click.option(
+                "--strict",
+                is_flag=True,
+                default=None,
+                help="Make it an error when the reference stands in for a hook.",
+            ),
+            click.option(
+                "--config",
+                "config_path",
+                metavar="FILE",
+                help="Engine configuration in TOML; the options here go before it."
+                "  [default: $MORTISE_CONFIG]",
+            ),
+        ]
+    ):
+        command = add(command)
+    return command
+
+
+def json_option(command: Command) -> Command:
+    """Add ``--json``."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document; errors too, on stderr."
+    )(command)
+
+
+def resolve_options(options: Mapping[str, Any]) -> ResolvedConfig:
+    """The configuration of a run: defaults, environment, file, command line, the weakest first.
+
+    Args:
+        options: what :func:`configuration_options` gave.
+
+    Raises:
+        ConfigError: a key or a value is wrong, wherever it came from.
+    """
+    from mortise.config import option_layer, resolve, standard_layers
+    from mortise.env import read_environment
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        environment = read_environment()
+    for warning in caught:
+        show_warning(str(warning.message))
+    given = [
+        option_layer(flag, key, options[name])
+        for flag, name, key in CONFIGURATION_OPTIONS
+        if options[name] is not None
+    ]
+    return resolve(standard_layers(environment, options["config_path"], given))

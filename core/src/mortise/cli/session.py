@@ -1,0 +1,99 @@
+"""A model loaded for the command line: with a progress bar, and with its news told."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mortise.cli.failure import show_warning
+from mortise.cli.output import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.progress import Progress, TaskID
+
+    from mortise.config import ResolvedConfig
+    from mortise.engine.llm import LLM
+
+PATIENCE_SECONDS = 0.5
+"""Work that takes no longer shows no bar."""
+
+
+def load_llm(resolved: ResolvedConfig) -> LLM:
+    """Load the model and say which hooks the reference answers in its backend's stead."""
+    from mortise.engine.llm import LLM
+
+    with progress_bar("loading", is_bytes=True) as advance:
+        llm = LLM(resolved, progress=advance)
+    bound = llm.loaded.bound
+    if bound.fallbacks:
+        hooks = ", ".join(decision.subject for decision in bound.fallbacks)
+        show_warning(
+            f"backend {bound.row.name!r} does not implement {hooks}: the exact reference answers,"
+            " on the same device (--strict makes this an error)"
+        )
+    if bound.ops.backend.emulated:
+        show_warning(f"backend {bound.row.name!r} is emulated: its numerics, not its speed")
+    return llm
+
+
+@contextmanager
+def progress_bar(what: str, *, is_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, if that is a terminal and the work takes its time.
+
+    Yields:
+        A function to be told what is done and what there is.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    bar = _Bar(what, is_bytes)
+    try:
+        yield bar.show
+    finally:
+        bar.stop()
+
+
+class _Bar:
+    def __init__(self, what: str, is_bytes: bool) -> None:
+        self._what = what
+        self._is_bytes = is_bytes
+        self._started = time.perf_counter()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def show(self, done: int, total: int) -> None:
+        if time.perf_counter() - self._started < PATIENCE_SECONDS:
+            return
+        if self._progress is None:
+            self._progress = _new_progress(self._is_bytes)
+            self._progress.start()
+            self._task = self._progress.add_task(self._what, total=total)
+        assert self._task is not None
+        self._progress.update(self._task, completed=done)
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _new_progress(is_bytes: bool) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns: list[Any] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn() if is_bytes else MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    ]
+    return Progress(*columns, console=messages(), transient=True)

@@ -1,0 +1,35 @@
+"""The command ``mortise`` and its verbs."""
+
+from __future__ import annotations
+
+import click
+
+from mortise.cli.backends import backends
+from mortise.cli.doctor import doctor
+from mortise.cli.eval import evaluate
+from mortise.cli.explain import explain
+from mortise.cli.generate import generate
+from mortise.cli.group import BoundaryGroup
+
+
+@click.group(
+    cls=BoundaryGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="mortise-core", message="mortise %(version)s")
+def mortise() -> None:
+    """Run Mixture-of-Experts language models through a hardware backend chosen by name.
+
+    Start with: mortise generate "def fibonacci(n):"
+
+    Results go to standard output, everything else to standard error. Exit codes: 0 done; 1 a check
+    of doctor failed, or a bug; 2 something is wrong with what was asked, and the message says what;
+    130 interrupted.
+    """
+
+
+mortise.add_command(generate)
+mortise.add_command(backends)
+mortise.add_command(explain)
+mortise.add_command(doctor)
+mortise.add_command(evaluate)
