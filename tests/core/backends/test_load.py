@@ -59,3 +59,15 @@ def test_a_table_read_once_serves_both_roles(installed: FakeDistribution) -> Non
     draft = load_backend("toy", role=ModelRole.DRAFT, candidates=rows)
     assert main.candidates == draft.candidates
     assert rows == discover_backends(), "the rows that were handed in stay as they were"
+
+
+@pytest.mark.parametrize("name", ["reference", "mortise-core:reference", "auto"])
+def test_the_chosen_backend_gets_its_own_table(name: str) -> None:
+    rows = [row for row in discover_backends() if row.name == "reference"]
+    tables = {"reference": {"num_workers": 7}, "other": {"speed": 3}}
+    bound = load_backend(name, role=ModelRole.MAIN, options_by_name=tables, candidates=rows)
+    assert bound.ops.capabilities.num_workers == 7
+    bound = load_backend(
+        name, role=ModelRole.MAIN, options={}, options_by_name=tables, candidates=rows
+    )
+    assert bound.ops.capabilities.num_workers == 4

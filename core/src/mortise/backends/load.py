@@ -66,6 +66,7 @@ def load_backend(
     role: ModelRole,
     device: str | None = None,
     options: Mapping[str, object] | None = None,
+    options_by_name: Mapping[str, Mapping[str, object]] | None = None,
     strict: bool = False,
     source: str = "the caller",
     candidates: Sequence[Candidate] | None = None,
@@ -77,6 +78,8 @@ def load_backend(
         role: the model it is bound for; call once per role, nothing is shared.
         device: the configured device text, or None for the backend's own.
         options: the backend's own table of the configuration.
+        options_by_name: the tables of all backends, of which the chosen one gets its own; for
+            callers that do not know yet what ``auto`` will choose. ``options`` goes before it.
         strict: hooks that the backend does not implement are an error.
         source: where the name came from, for the decision (``engine.toml``, ``--backend``).
         candidates: rows of an earlier ``discover_backends``, to read the metadata once.
@@ -87,8 +90,10 @@ def load_backend(
     rows = discover_backends() if candidates is None else tuple(candidates)
     selection = select_auto(rows) if name == AUTO else select_by_name(rows, name)
     owner = import_backend(selection.row)
+    if options is None:
+        options = (options_by_name or {}).get(selection.row.name, {})
     context = BindContext(
-        role=role, device=device, options=dict(options or {}), engine_version=engine_version()
+        role=role, device=device, options=dict(options), engine_version=engine_version()
     )
     parts = bind(owner, selection.row, context)
     row = replace(selection.row, stage=Stage.BOUND)
