@@ -8,15 +8,19 @@ Shape suffixes: B sequences, S tokens of a sequence, T = B * S, N heads, D head 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mortise.layers.mla import IndexProjections, MLAProjections, MLAttention
+from mortise.layers.mla import IndexProjections
 
-HIDDEN_SCORE = -1e9  # finite: rows of hidden scores alone must not become NaN
+if TYPE_CHECKING:
+    from mortise.layers.mla import MLAProjections, MLAttention
+
+HIDDEN: Final = -1e9  # added to scores; finite, and twice it as well
+SMALLEST_WEIGHT: Final = 1e-30
 
 
 class TrainingAttention(Protocol):
@@ -39,14 +43,30 @@ class DenseAttention:
     def __call__(self, attention: MLAttention, projections: MLAProjections) -> Tensor:
         """Return the values attended to, [T, N, V]."""
         query, key, value = per_sequence(attention, projections, self.sequences)
-        hidden_SS = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+        mask_SS = later_hidden(query.shape[2], query.dtype)
         scale = attention.shape.softmax_scale
         # A sequence at a time, weights and all, stays in the cache and beats the fused kernel.
         attended = [
-            (attention_weights(q, k, hidden_SS, scale) @ v).transpose(0, 1)
+            (attention_weights(q, k, mask_SS, scale) @ v).transpose(0, 1)
             for q, k, v in zip(query, key, value, strict=True)
         ]
         return torch.cat(attended)
+
+
+class RecentAttention:
+    """Attention over the latest `window` tokens of one sequence: what an indexer has to beat."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.index_losses: list[Tensor] = []
+
+    def __call__(self, attention: MLAttention, projections: MLAProjections) -> Tensor:
+        """Return the values attended to, [T, N, V]."""
+        query, key, value = per_sequence(attention, projections, 1)
+        mask_SS = later_hidden(query.shape[2], query.dtype)
+        mask_SS += torch.full_like(mask_SS, HIDDEN).tril(-self.window)
+        scale = attention.shape.softmax_scale
+        return (attention_weights(query[0], key[0], mask_SS, scale) @ value[0]).transpose(0, 1)
 
 
 class IndexedAttention:
@@ -68,24 +88,48 @@ class IndexedAttention:
         assert projections.index is not None
         query, key, value = per_sequence(attention, projections, self.sequences)
         attended, losses = [], []
-        for row, scores_SS in enumerate(index_scores(projections.index, self.sequences)):
-            hidden_SS = self._hidden(scores_SS.detach())
-            weights_NSS = attention_weights(
-                query[row], key[row], hidden_SS, attention.shape.softmax_scale
-            )
+        for row, index in enumerate(index_rows(projections.index, self.sequences)):
+            scores_SS, products = index_scores(index)
+            mask_SS = self._mask(scores_SS)
+            scale = attention.shape.softmax_scale
+            weights_NSS = attention_weights(query[row], key[row], mask_SS.to(query.dtype), scale)
             attended.append((weights_NSS @ value[row]).transpose(0, 1))
-            losses.append(index_loss(weights_NSS.detach(), scores_SS, hidden_SS))
+            target_SS = head_mean(weights_NSS)
+            losses.append(index_loss(index, scores_SS, products, target_SS, mask_SS))
         self.index_losses.append(torch.stack(losses).mean())
         return torch.cat(attended)
 
-    def _hidden(self, scores_SS: Tensor) -> Tensor:
-        """Return which keys each query may not see: later ones, and all but the indexer's best."""
-        later = torch.ones_like(scores_SS, dtype=torch.bool).triu(1)
+    def _mask(self, scores_SS: Tensor) -> Tensor:
+        """Return the mask that hides later keys, and all but the indexer's best."""
+        later_SS = later_hidden(len(scores_SS), scores_SS.dtype)
         if self.topk is None or self.topk >= len(scores_SS):
-            return later
-        ranked = scores_SS.masked_fill(later, float("-inf"))
-        best = ranked.topk(self.topk, dim=-1, sorted=False).indices
-        return torch.ones_like(later).scatter_(1, best, False) | later
+            return later_SS
+        unseen_SS = torch.full_like(later_SS, float("-inf")).triu_(1)
+        chosen_SS = highest(scores_SS + unseen_SS, self.topk)
+        return chosen_SS.to(later_SS.dtype).sub_(1).mul_(-HIDDEN).add_(later_SS)
+
+
+def highest(scores_SS: Tensor, count: int) -> Tensor:
+    """Return which `count` scores of each row are its highest; at least those, of minus infinity.
+
+    The set that `torch.topk` picks, which is what the engine serves, but found several times as
+    fast: only rows where equal scores compete for the last place are left to `torch.topk`.
+    """
+    place = scores_SS.shape[1] - count
+    threshold_S1 = torch.from_numpy(np.partition(scores_SS.numpy(), place, axis=1)[:, place, None])
+    chosen_SS = scores_SS >= threshold_S1
+    is_crowded_S = chosen_SS.sum(dim=1) > count
+    rows = (is_crowded_S & threshold_S1[:, 0].isfinite()).nonzero()[:, 0]
+    if len(rows):
+        best = scores_SS[rows].topk(count, dim=1).indices
+        exact = torch.zeros(len(rows), scores_SS.shape[1], dtype=torch.bool).scatter_(1, best, True)
+        chosen_SS[rows] = exact
+    return chosen_SS
+
+
+def later_hidden(length: int, dtype: torch.dtype) -> Tensor:
+    """Return the mask [S, S] that is added to scores of queries against keys: causal."""
+    return torch.full((length, length), HIDDEN, dtype=dtype).triu_(1)
 
 
 def per_sequence(
@@ -100,32 +144,42 @@ def per_sequence(
     return query, key, value
 
 
-def index_scores(index: IndexProjections, sequences: int) -> list[Tensor]:
-    """Return, for each sequence, the indexer's float32 scores [S queries, S keys], not masked."""
-    query_BSND = index.query.unflatten(0, (sequences, -1))
-    key_BSD = index.key.unflatten(0, (sequences, -1))
-    weights_BSN = index.weights.unflatten(0, (sequences, -1))
-    scores = []
-    for query, key, weights in zip(query_BSND, key_BSD, weights_BSN, strict=True):
-        products_NSS = (query.transpose(0, 1) @ key.T).relu()
-        scores.append(
-            torch.einsum("nqk,qn->qk", products_NSS, weights.to(products_NSS.dtype)).float()
-        )
-    return scores
+def index_rows(index: IndexProjections, sequences: int) -> list[IndexProjections]:
+    """Return the indexer's projections of each sequence: [S, N, D], [S, D] and [S, N]."""
+    parts = (
+        index.query.chunk(sequences),
+        index.key.chunk(sequences),
+        index.weights.chunk(sequences),
+    )
+    return [
+        IndexProjections(query=query, key=key, weights=weights)
+        for query, key, weights in zip(*parts, strict=True)
+    ]
 
 
-def attention_weights(
-    query_NSD: Tensor, key_NSD: Tensor, hidden_SS: Tensor, scale: float
-) -> Tensor:
-    """Return the softmax [N, S, S], in the queries' dtype, over the keys that are not hidden."""
-    weights_NSS: Tensor = _AttentionWeights.apply(query_NSD, key_NSD, hidden_SS, scale)  # type: ignore[no-untyped-call]
+@torch.no_grad()
+def index_scores(index: IndexProjections) -> tuple[Tensor, list[Tensor]]:
+    """Return float32 scores [S queries, S keys], not masked, and each head's relu(q . k) [S, S]."""
+    scores_SS = torch.zeros(len(index.key), len(index.key))
+    products = []
+    for head in range(index.query.shape[1]):
+        product_SS = torch.mm(index.query[:, head], index.key.T).relu_()
+        scores_SS.addcmul_(product_SS.float(), index.weights[:, head, None])
+        products.append(product_SS)
+    return scores_SS, products
+
+
+def attention_weights(query_NSD: Tensor, key_NSD: Tensor, mask_SS: Tensor, scale: float) -> Tensor:
+    """Return the softmax [N, S, S], in the queries' dtype, of scaled products plus mask."""
+    weights_NSS: Tensor = _AttentionWeights.apply(query_NSD, key_NSD, mask_SS, scale)  # type: ignore[no-untyped-call]
     return weights_NSS
 
 
 class _AttentionWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, hidden_SS: Tensor, scale: float) -> Tensor:
-        scores = torch.bmm(query * scale, key.mT).masked_fill_(hidden_SS, HIDDEN_SCORE)
+    def forward(ctx: Any, query: Tensor, key: Tensor, mask_SS: Tensor, scale: float) -> Tensor:
+        mask = mask_SS.expand(len(query), -1, -1)
+        scores = torch.baddbmm(mask, query, key.mT, alpha=scale)
         weights = torch._softmax(scores, -1, False)
         ctx.save_for_backward(query, key, weights)
         ctx.scale = scale
@@ -139,10 +193,72 @@ class _AttentionWeights(torch.autograd.Function):
         return torch.bmm(grad, key), torch.bmm(grad.mT, query), None, None
 
 
-def index_loss(weights_NSS: Tensor, scores_SS: Tensor, hidden_SS: Tensor) -> Tensor:
-    """Return the mean over queries of KL(attention || softmax of the indexer's scores)."""
-    target_SS = weights_NSS.float().mean(dim=0)  # each head sums to one, so the mean does too
-    log_index_SS = scores_SS.masked_fill(hidden_SS, HIDDEN_SCORE).log_softmax(dim=-1)
-    entropy = torch.xlogy(target_SS, target_SS).sum()
-    # Hidden keys have target zero and a finite log, so they add nothing.
-    return (entropy - (target_SS * log_index_SS).sum()) / len(target_SS)
+@torch.no_grad()
+def head_mean(weights_NSS: Tensor) -> Tensor:
+    """Return the float32 mean over heads; each head's rows sum to one, so the mean's do too."""
+    total_SS = weights_NSS[0].float()
+    for weights_SS in weights_NSS[1:]:
+        total_SS = total_SS.add(weights_SS)
+    return total_SS.div_(len(weights_NSS))
+
+
+def index_loss(
+    index: IndexProjections,
+    scores_SS: Tensor,
+    products: list[Tensor],
+    target_SS: Tensor,
+    mask_SS: Tensor,
+) -> Tensor:
+    """Return the mean over queries of KL(target || softmax of scores plus mask)."""
+    loss: Tensor = _IndexLoss.apply(  # type: ignore[no-untyped-call]
+        index.query, index.key, index.weights, scores_SS, products, target_SS, mask_SS
+    )
+    return loss
+
+
+class _IndexLoss(torch.autograd.Function):
+    """The divergence with its gradients taken on the way, a head at a time, from the products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_SND: Tensor,
+        key_SD: Tensor,
+        weights_SN: Tensor,
+        scores_SS: Tensor,
+        products: list[Tensor],
+        target_SS: Tensor,
+        mask_SS: Tensor,
+    ) -> Tensor:
+        log_index_SS = (scores_SS + mask_SS).log_softmax(dim=-1)
+        # Hidden keys have target zero and finite logs, so they add nothing.
+        log_target_SS = target_SS.clamp(min=SMALLEST_WEIGHT).log_()
+        difference = log_target_SS.sub_(log_index_SS).flatten()
+        loss = torch.dot(target_SS.flatten(), difference) / len(key_SD)
+        if any(ctx.needs_input_grad):
+            grad_SS = log_index_SS.exp_().sub_(target_SS).div_(len(key_SD))
+            ctx.save_for_backward(
+                *score_gradients(query_SND, key_SD, weights_SN, products, grad_SS)
+            )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query_grad, key_grad, weights_grad = ctx.saved_tensors
+        scale = grads[0]
+        return query_grad * scale, key_grad * scale, weights_grad * scale, None, None, None, None
+
+
+def score_gradients(
+    query_SND: Tensor, key_SD: Tensor, weights_SN: Tensor, products: list[Tensor], grad_SS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and weights, given that of the scores."""
+    query_grad, weights_grad = torch.empty_like(query_SND), torch.empty_like(weights_SN)
+    key_grad = torch.zeros_like(key_SD, dtype=torch.float32)
+    for head, product_SS in enumerate(products):
+        weights_grad[:, head] = torch.linalg.vecdot(grad_SS, product_SS.float())
+        inner = (grad_SS * weights_SN[:, head, None]).mul_(product_SS.sign())
+        inner = inner.to(query_SND.dtype)
+        query_grad[:, head] = inner @ key_SD
+        key_grad += inner.T @ query_SND[:, head]
+    return query_grad, key_grad.to(key_SD.dtype), weights_grad

@@ -126,7 +126,7 @@ def score(log_probabilities_N: npt.NDArray[np.float64], text_bytes: int) -> Scor
         predicted_tokens=len(log_probabilities_N),
         nats_per_token=mean,
         perplexity=float(np.exp(mean)),
-        bits_per_byte=nats / np.log(2) / text_bytes,
+        bits_per_byte=float(nats / np.log(2) / text_bytes),
     )
 
 

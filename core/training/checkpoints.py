@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
 CHECKPOINT: Final = "checkpoint.pt"
 
@@ -36,7 +36,7 @@ def save(
 
     Optimizer states are kept by parameter name: the next stage may train other parameters.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     states = {
         names[parameter]: state
         for optimizer in optimizers

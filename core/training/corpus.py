@@ -61,7 +61,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The corpus in two disjoint parts, each sorted by path."""
+    """The corpus in two disjoint parts, each in order of path rank, which mixes the kinds."""
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
@@ -177,6 +177,7 @@ def build(documents: Iterable[Document], share: float = HELD_OUT_SHARE) -> Split
     """Return the split corpus: duplicates dropped, tests limited, held-out files set apart."""
     kept = with_test_budget(without_duplicates(documents), TEST_BUDGET_BYTES)
     chosen = held_out_paths(kept, share)
+    kept.sort(key=lambda document: path_rank(document.path))
     return Split(
         train=tuple(document for document in kept if document.path not in chosen),
         held_out=tuple(document for document in kept if document.path in chosen),

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
-from training.corpus import path_rank, read_jsonl
+from training.corpus import read_jsonl
 from training.tokenizer import BOS_ID, EOS_ID
 
 if TYPE_CHECKING:
@@ -39,13 +39,10 @@ class Packed:
 
 
 def pack(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Packed:
-    """Encode (path, text) pairs as `bos text eos`, one after another, in order of path rank.
-
-    The rank (a hash) mixes library, tests and documentation along the stream.
-    """
+    """Encode (path, text) pairs as `bos text eos`, one after another."""
     pieces: list[TokenIds] = []
     text_bytes = 0
-    for _, text in sorted(documents, key=lambda document: path_rank(document[0])):
+    for _, text in documents:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         pieces.append(np.array([BOS_ID, *ids, EOS_ID], dtype=np.uint16))
         text_bytes += len(text.encode())

@@ -8,21 +8,25 @@ Shape suffixes: T tokens, K choices of a token, R = T * K rows, E experts, H hid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mortise.reference.dispatch import resolve_dispatch_dtype
-from mortise.reference.moe import prepare_expert_weights
-from mortise.spec.capabilities import Support
+from mortise.backends.load import load_backend
 from mortise.spec.dispatch import DispatchedTokens, GroupListKind
+from mortise.spec.roles import ModelRole
 
 if TYPE_CHECKING:
-    from mortise.spec.capabilities import ExpertLayerRequest
-    from mortise.spec.dispatch import DispatchFormat, Routing, TokenDispatcherRequest
+    from mortise.backends.ops import Ops
+    from mortise.spec.dispatch import (
+        DispatchFormat,
+        DispatchHandle,
+        Routing,
+        TokenDispatcherRequest,
+    )
     from mortise.spec.experts import ExpertWeights
 
 
@@ -99,8 +103,9 @@ class PermutingDispatcher:
         )
         return tokens, Permutation(order_R, inverse_R, routing.topk_weights)
 
-    def combine(self, rows_RH: Tensor, handle: Permutation) -> Tensor:
+    def combine(self, rows_RH: Tensor, handle: DispatchHandle) -> Tensor:
         """Return each token's weighted sum of its experts' rows."""
+        assert isinstance(handle, Permutation)
         combined: Tensor = _Collect.apply(  # type: ignore[no-untyped-call]
             rows_RH, handle.weights_TK, handle.order_R, handle.inverse_R
         )
@@ -162,35 +167,25 @@ def groups(counts: tuple[int, ...]) -> list[tuple[int, slice]]:
     return found
 
 
-class TrainingOps:
-    """What `MoELayer` asks of bound hooks, for one role, in one process."""
+def training_ops(compute_dtype: torch.dtype) -> Ops:
+    """Return the reference's hooks with lean gradients for the two that training leans on."""
 
-    role = "main"
-
-    def __init__(self, compute_dtype: torch.dtype) -> None:
-        self.compute_dtype = compute_dtype
-
-    resolve_dispatch_dtype = staticmethod(resolve_dispatch_dtype)
-    prepare_expert_weights = staticmethod(prepare_expert_weights)
-
-    def supports(self, request: ExpertLayerRequest) -> Support:
-        """Accept any layer: what is trained is unquantised."""
-        return Support(ok=True)
-
-    def create_token_dispatcher(self, request: TokenDispatcherRequest) -> PermutingDispatcher:
-        """Return the dispatcher of one layer."""
-        return PermutingDispatcher(request.num_experts, self.compute_dtype)
+    def create_token_dispatcher(request: TokenDispatcherRequest) -> PermutingDispatcher:
+        return PermutingDispatcher(request.num_experts, compute_dtype)
 
     def quantized_moe_apply(
-        self, tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype
+        tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype
     ) -> Tensor:
-        """Run each expert on its rows, in the compute dtype."""
         assert tokens.group_counts is not None
-        rows: Tensor = _GroupedSwiGLU.apply(  # type: ignore[no-untyped-call]
-            tokens.rows,
-            experts.w13.weight,
-            experts.w2.weight,
-            tokens.group_counts,
-            self.compute_dtype,
+        weights = experts.w13.weight, experts.w2.weight
+        rows_RH: Tensor = _GroupedSwiGLU.apply(  # type: ignore[no-untyped-call]
+            tokens.rows, *weights, tokens.group_counts, compute_dtype
         )
-        return rows
+        # Automatic mixed precision keeps activations in the compute dtype, whatever was asked for.
+        return rows_RH if torch.is_autocast_enabled("cpu") else rows_RH.to(out_dtype)
+
+    return replace(
+        load_backend("reference", role=ModelRole.MAIN).ops,
+        create_token_dispatcher=create_token_dispatcher,
+        quantized_moe_apply=quantized_moe_apply,
+    )

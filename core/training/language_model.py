@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mortise.layers.mla import LightningIndexer
+from mortise.layers.moe import MoELayer
 from mortise.layers.norm import RMSNorm
 from mortise.layers.router import GroupedSigmoidRouter
 from mortise.models.deepseek_v32.config import DeepseekV32Config
 from mortise.models.deepseek_v32.model import DeepseekV32ForCausalLM
 from mortise.models.deepseek_v32.mtp import DeepseekV32MTP
-from training.experts import TrainingOps
+from training.experts import training_ops
 from training.losses import linear_cross_entropy
 from training.norm import rms_norm
 
@@ -52,12 +53,12 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = DeepseekV32Config.from_dict(stage_config(raw_config, has_indexer))
-        ops: Any = TrainingOps(compute_dtype)
+        ops = training_ops(compute_dtype)
         self.main = DeepseekV32ForCausalLM(self.config, ops)
         self.mtp = DeepseekV32MTP(self.config, self.config.num_hidden_layers, ops)
-        self.main.finish_loading()
-        finish_loading(self.mtp)
         for module in self.modules():
+            if isinstance(module, MoELayer):
+                module.finish_loading()
             if isinstance(module, GroupedSigmoidRouter):
                 in_float32(module)
             if isinstance(module, RMSNorm):
@@ -96,13 +97,6 @@ def stage_config(raw_config: Mapping[str, Any], has_indexer: bool) -> dict[str, 
     if has_indexer:
         return dict(raw_config)
     return {**raw_config, "model_type": "deepseek_v3", "rope_scaling": None}
-
-
-def finish_loading(module: nn.Module) -> None:
-    """Let the expert layers below `module` take their weights."""
-    for layer in module.modules():
-        if layer is not module and hasattr(layer, "finish_loading"):
-            layer.finish_loading()
 
 
 def in_float32(module: nn.Module) -> None:

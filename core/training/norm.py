@@ -22,7 +22,8 @@ class RMSNormFunction(torch.autograd.Function):
         unit = x * inverse
         ctx.save_for_backward(unit, inverse, weight_H)
         ctx.dtype = x.dtype
-        return (unit * weight_H).to(x.dtype)
+        normalised: Tensor = (unit * weight_H).to(x.dtype)
+        return normalised
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -46,8 +46,8 @@ class Stage(_Strict):
     embedding; "indexer" trains only the indexers, on dense attention with YaRN; "sparse" trains
     everything on the selected keys. A step sees `sequences` windows of `sequence_length` tokens,
     `sequences_per_pass` at a time. The MTP layer learns from step `mtp_from_step` on, with a loss
-    of weight `mtp_weight`; 0 leaves it out. `bias_update_rate` is the step of the routers' correction
-    bias towards an even load.
+    of weight `mtp_weight`; 0 leaves it out. `bias_update_rate` is the step of the routers'
+    correction bias towards an even load.
     """
 
     name: str

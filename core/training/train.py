@@ -115,7 +115,7 @@ def train_step(run: Run) -> dict[str, float]:
     passes = run.batches.batch(progress.step).split(stage.sequences_per_pass)
     for windows in passes:
         total, parts = run_pass(run, windows, mtp_weight)
-        (total / len(passes)).backward()  # type: ignore[no-untyped-call]
+        (total / len(passes)).backward()
         measures.add(parts)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optimizer.clip_norm)
     for opt in run.optimizers:
@@ -159,7 +159,7 @@ def save(run: Run) -> None:
 
 
 def prepare(recipe: Recipe, data: Path, directory: Path) -> Run | None:
-    """Return the stage to run next, restored from the checkpoint if there is one; None: all done."""
+    """Return the stage to run next, restored from the checkpoint if any; None: all are done."""
     file = directory / CHECKPOINT
     state = checkpoints.read(file) if file.exists() else None
     progress = Progress(**state["progress"]) if state else Progress()
@@ -231,7 +231,7 @@ def run_stage(run: Run) -> None:
 )
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
 def main(data: Path, output: Path, recipe_file: Path, threads: int) -> None:
-    """Train on DATA/train.bin; OUTPUT gets checkpoints and log.jsonl, and is where a run resumes."""
+    """Train on DATA/train.bin; OUTPUT gets checkpoints and log.jsonl and resumes a run."""
     torch.set_num_threads(threads)
     recipe = read_recipe(recipe_file)
     output.mkdir(parents=True, exist_ok=True)

@@ -74,14 +74,14 @@ def test_indexers_have_groups_of_their_own() -> None:
         ("norm.weight", nn.Parameter(torch.zeros(2))),
     ]
     optimizers = build(named, momentum=0.9, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
-    found = [
+    found = {
         (type(optimizer).__name__, group["is_indexer"], len(group["params"]))
         for optimizer in optimizers
         for group in optimizer.param_groups
-    ]
-    assert found == [
+    }
+    assert found == {
         ("Muon", False, 1),
         ("Muon", True, 1),
         ("AdamW", False, 1),
         ("AdamW", True, 1),
-    ]
+    }
