@@ -1,1 +1,1 @@
-"""Tests of the engine, most of them on a model whose next token is a function of every token before."""
+"""Tests of the engine, on a tiny model and on one whose tokens can be told beforehand."""

@@ -11,9 +11,7 @@ from mortise.errors import CapacityError, PromptTooLongError, RequestError
 
 def limit(num_prompt_tokens: int, max_tokens: int | None = None, **limits: int) -> int:
     sizes = {"context": 512, "num_pages": 100} | limits
-    return new_token_limit(
-        num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, **sizes
-    )
+    return new_token_limit(num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, **sizes)
 
 
 def test_by_default_as_many_as_fit_up_to_a_limit() -> None:

@@ -1,4 +1,4 @@
-"""Whatever comes and however little memory there is: every request gets its own tokens, and soon."""
+"""Whatever comes, and with little memory: every request gets its own tokens, and soon."""
 
 from __future__ import annotations
 

@@ -101,11 +101,10 @@ def _window(llm: LLM, window: int | None, stride: int | None) -> tuple[int, int]
 
 def _baselines(llm: LLM, documents: list[Document], token_ids: list[list[int]]) -> dict[str, Score]:
     """Only beside the model whose tokens were counted."""
-    from mortise.checkpoint import builtin_model_path
     from mortise.evaluation.ngrams import Ngrams, ngram_scores
     from mortise.evaluation.texts import NGRAMS_FILE, held_out_directory, total_bytes
 
-    if llm.config.model != "builtin" and llm.loaded.directory.path != builtin_model_path():
+    if llm.config.model != "builtin":
         return {}
     bos_token_id = llm.tokenizer.bos_token_id
     assert bos_token_id is not None

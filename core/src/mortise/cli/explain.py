@@ -76,12 +76,13 @@ def _show(llm: LLM) -> None:
         table(
             ("key", "value", "from"),
             [
-                (key, json.dumps(value, ensure_ascii=False), origin)
+                (key, "unset" if value is None else json.dumps(value), origin)
                 for key, value, origin in configuration_rows(llm.resolved)
             ],
             title="Configuration",
         )
     )
+    console.print()
     hooks = {decision.subject: decision for decision in llm.decisions if decision.subject in HOOKS}
     console.print(
         table(
@@ -90,9 +91,10 @@ def _show(llm: LLM) -> None:
                 (name, HOOKS[name].phase.value, one.value, str(one.rule), one.reason)
                 for name, one in hooks.items()
             ],
-            title="\nHooks",
+            title="Hooks",
         )
     )
+    console.print()
     console.print(
         table(
             ("role", "subject", "decision", "rule", "reason", "from"),
@@ -108,7 +110,7 @@ def _show(llm: LLM) -> None:
                 for one in llm.decisions
                 if one.subject not in HOOKS
             ],
-            title="\nDecisions",
+            title="Decisions",
         )
     )
 

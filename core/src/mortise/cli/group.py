@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 import traceback
@@ -42,6 +43,7 @@ class BoundaryGroup(click.Group):
         if not standalone_mode:
             return super().main(arguments, prog_name, complete_var, False, **extra)
         as_json = wants_json(arguments)
+        _print_whatever_comes()
         try:
             code = super().main(arguments, prog_name, complete_var, False, **extra)
             sys.stdout.flush()
@@ -117,6 +119,13 @@ def usage_failure(error: click.ClickException) -> Failure:
         expected=expected,
         remedy=f"see {command} --help",
     )
+
+
+def _print_whatever_comes() -> None:
+    """A terminal without some character shows a question mark instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="replace")
 
 
 def _leave_closed_pipe() -> NoReturn:

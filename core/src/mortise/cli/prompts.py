@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,8 @@ def read_prompts(
     """
     found: list[Given] = []
     if prompt is not None:
-        found.append(_standard_input() if prompt == "-" else prompt)
-    found += prompts
+        found.append(_standard_input() if prompt == "-" else _argument(prompt))
+    found += map(_argument, prompts)
     if prompts_file is not None:
         found += read_jsonl(Path(prompts_file))
     return found or [_standard_input()]
@@ -78,14 +79,23 @@ def _are_integers(values: list[Any]) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
+def _argument(text: str) -> str:
+    """An argument read as UTF-8, whatever the locale made of its bytes."""
+    return _decoded(os.fsencode(text), "the prompt")
+
+
 def _standard_input() -> str:
     if sys.stdin.isatty():
         messages().print("Type the prompt; end it with Ctrl-D on a line of its own.", style="dim")
+    return _decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def _decoded(data: bytes, what: str) -> str:
     try:
-        return sys.stdin.read()
+        return data.decode()
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"standard input is not UTF-8 text: byte {error.start} is not valid",
+            f"{what} is not UTF-8 text: byte {error.start} is not valid",
             expected="UTF-8 text",
             remedy="convert it, for example with iconv",
         ) from None

@@ -14,10 +14,12 @@ from mortise.cli.group import BoundaryGroup
 
 @click.group(
     cls=BoundaryGroup,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="mortise-core", message="mortise %(version)s")
-def mortise() -> None:
+@click.pass_context
+def mortise(context: click.Context) -> None:
     """Run Mixture-of-Experts language models through a hardware backend chosen by name.
 
     Start with: mortise generate "def fibonacci(n):"
@@ -26,6 +28,8 @@ def mortise() -> None:
     of doctor failed, or a bug; 2 something is wrong with what was asked, and the message says what;
     130 interrupted.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 mortise.add_command(generate)

@@ -61,7 +61,6 @@ class Generation:
     def __init__(
         self, delivery: Delivery, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]
     ) -> None:
-        self._delivery = delivery
         self._prompts = list(prompts)
         self._requests = [
             delivery.engine.request(prompt.token_ids, params, index)
@@ -69,7 +68,7 @@ class Generation:
         ]
         self._texts: list[list[str]] = [[] for _ in self._requests]
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in self._requests]
-        self._events = self._run()
+        self._events = _events(delivery, self._requests)
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -85,7 +84,11 @@ class Generation:
         return self
 
     def __next__(self) -> TokenEvent:
-        return next(self._events)
+        event = next(self._events)
+        self._texts[event.index].append(event.text)
+        if event.logprobs is not None:
+            self._logprobs[event.index].append(event.logprobs)
+        return event
 
     def close(self) -> None:
         """Give up whatever is not finished."""
@@ -96,30 +99,6 @@ class Generation:
         for _ in self:
             pass
         return [self._completion(request) for request in self._requests]
-
-    def _run(self) -> Generator[TokenEvent]:
-        inbox: deque[TokenEvent] = deque()
-        begun: list[Request] = []
-        try:
-            for request in self._requests:
-                self._delivery.begin(request, inbox)
-                begun.append(request)
-            num_unfinished = len(begun)
-            while num_unfinished:
-                while not inbox:
-                    self._delivery.step()
-                event = inbox.popleft()
-                num_unfinished -= event.finish is not None
-                self._keep(event)
-                yield event
-        finally:
-            for request in begun:
-                self._delivery.end(request)
-
-    def _keep(self, event: TokenEvent) -> None:
-        self._texts[event.index].append(event.text)
-        if event.logprobs is not None:
-            self._logprobs[event.index].append(event.logprobs)
 
     def _completion(self, request: Request) -> Completion:
         prompt = self._prompts[request.index]
@@ -138,3 +117,26 @@ class Generation:
             ),
             timings=Timings.of(request),
         )
+
+
+def _events(delivery: Delivery, requests: Sequence[Request]) -> Generator[TokenEvent]:
+    """The tokens of some requests; whatever ends it gives up those that are not finished.
+
+    It knows nothing of the generation that reads it, so that dropping that ends it at once.
+    """
+    inbox: deque[TokenEvent] = deque()
+    begun: list[Request] = []
+    try:
+        for request in requests:
+            delivery.begin(request, inbox)
+            begun.append(request)
+        num_unfinished = len(begun)
+        while num_unfinished:
+            while not inbox:
+                delivery.step()
+            event = inbox.popleft()
+            num_unfinished -= event.finish is not None
+            yield event
+    finally:
+        for request in begun:
+            delivery.end(request)
