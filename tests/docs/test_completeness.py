@@ -90,6 +90,15 @@ def test_hooks_are_listed_in_order_with_version_and_phase() -> None:
     assert rows == [(spec.name, str(spec.version), spec.phase.value) for spec in HOOKS.values()]
 
 
+def test_every_package_is_on_the_page_of_the_architecture() -> None:
+    core = REPOSITORY / "core/src/mortise"
+    packages = {path.stem for path in core.iterdir() if path.is_dir() or path.suffix == ".py"}
+    text = (DOCS / "explanation/architecture.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`[^|]+) \|", text, flags=re.MULTILINE)
+    shown = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert shown == {name for name in packages if not name.startswith("_")} - {"assets"}
+
+
 def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
     shown = cli_page.PAGE.read_text(encoding="utf-8")
     remedy = "run: python -m tests.docs.cli_page > docs/reference/cli.md"
