@@ -73,7 +73,7 @@ def section(command: click.Command, context: click.Context) -> Iterator[str]:
 def page() -> str:
     """The whole page."""
     tree = command_tree()
-    root = click.Context(tree, info_name="mortise")
+    root = click.Context(tree, info_name="mortise", **tree.context_settings)
     parts = [INTRODUCTION.rstrip(), *paragraphs(tree)]
     for name in tree.list_commands(root):
         command = tree.commands[name]
