@@ -26,10 +26,11 @@ def _split_interleaved(qkvz: torch.Tensor, ba: torch.Tensor, shape: QKVShape) ->
     tokens, groups = qkvz.shape[0], shape.num_key_heads
     key_dim, value_dim = shape.key_head_dim, shape.value_head_dim
     per_group = shape.num_value_heads // groups
-    q, k, v, z = qkvz.view(tokens, groups, -1).split(
+    # Not view(tokens, groups, -1): the last size of no tokens could be anything.
+    q, k, v, z = qkvz.unflatten(-1, (groups, -1)).split(
         [key_dim, key_dim, per_group * value_dim, per_group * value_dim], dim=-1
     )
-    b, a = ba.view(tokens, groups, -1).split([per_group, per_group], dim=-1)
+    b, a = ba.unflatten(-1, (groups, -1)).split([per_group, per_group], dim=-1)
     return QKVParts(
         mixed_qkv=torch.cat(
             [part.reshape(tokens, groups * part.shape[-1]) for part in (q, k, v)], dim=-1
