@@ -28,12 +28,11 @@ class LatentPool:
         device: torch.device,
     ) -> None:
         self.num_pages = num_pages
+        self.dtype = dtype
 
         def pages(dim: int) -> torch.Tensor:
             # Zeros, not garbage: rows that no token ever wrote are masked, and must be finite.
-            return torch.zeros(
-                num_layers, num_pages, PAGE_SIZE, dim, dtype=dtype, device=device
-            )
+            return torch.zeros(num_layers, num_pages, PAGE_SIZE, dim, dtype=dtype, device=device)
 
         self._latents = pages(latent_dim)
         self._index_keys = None if index_dim is None else pages(index_dim)

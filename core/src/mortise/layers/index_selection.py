@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-def select_keys(logits_TC: torch.Tensor, visible_T: torch.Tensor, topk: int) -> torch.Tensor:
+class RowSpan(NamedTuple):
+    """Rows ``start`` to ``end`` of a pass choose among ``width`` keys, seen or not."""
+
+    start: int
+    end: int
+    width: int
+
+
+def select_keys(
+    logits_TC: torch.Tensor, visible_T: torch.Tensor, topk: int, spans: Sequence[RowSpan]
+) -> torch.Tensor:
     """The ``topk`` best visible positions of each row, best first.
 
-    Equal scores go to the lower position: the choice is a function of the scores alone, so every
-    rank and every implementation makes the same one.
+    The scores alone do not settle it: with few index heads many keys score exactly zero, and where
+    such a tie straddles the last place, somebody must choose. It is ``torch.topk`` over the row's
+    own width. So the choice does not depend on what else is in the batch or on how a prompt was
+    chunked, and it is the choice of Hugging Face transformers.
 
     Args:
         logits_TC: float32 scores, columns at or past a row's length undefined.
         visible_T: int64 ``[T]``, keys each row may see, itself included.
         topk: how many to keep.
+        spans: the width of every row; a key past ``visible_T`` counts as one of minus infinity.
 
     Returns:
-        int64 ``[T, min(topk, C)]``, -1 where a row sees fewer.
+        int64 ``[T, topk]``, -1 where a row sees fewer.
     """
-    columns = torch.arange(logits_TC.shape[1], device=logits_TC.device)
-    hidden_TC = columns >= visible_T.unsqueeze(1)
-    scores_TC = logits_TC.masked_fill(hidden_TC, float("-inf"))
-    order_TC = scores_TC.argsort(dim=1, descending=True, stable=True)[:, :topk]
-    padding = columns[: order_TC.shape[1]] >= visible_T.unsqueeze(1)
-    return order_TC.masked_fill(padding, -1)
+    columns = torch.arange(max(logits_TC.shape[1], topk), device=logits_TC.device)
+    unseen_TC = columns >= visible_T.unsqueeze(1)
+    scores_TC = logits_TC.masked_fill(unseen_TC[:, : logits_TC.shape[1]], float("-inf"))
+    chosen_TK = torch.empty(len(visible_T), topk, dtype=torch.int64, device=logits_TC.device)
+    for start, end, width in spans:
+        rows = scores_TC[start:end, :width]
+        if rows.shape[1] < width:
+            rows = F.pad(rows, (0, width - rows.shape[1]), value=float("-inf"))
+        count = min(topk, width)
+        chosen_TK[start:end, :count] = rows.topk(count, dim=1).indices
+    return chosen_TK.masked_fill(unseen_TC[:, :topk], -1)

@@ -1,15 +1,18 @@
-"""Multi-head latent attention: projections before and after, with the attention itself passed in."""
+"""Multi-head latent attention: the projections around an attention that is passed in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mortise.layers.norm import RMSNorm
-from mortise.layers.rotary import Rotation
+
+if TYPE_CHECKING:
+    from mortise.layers.rotary import Rotation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +63,7 @@ class MLAProjections:
 class Attend(Protocol):
     """How queries meet keys: over a paged cache, or within the tokens at hand when training."""
 
-    def __call__(
-        self, attention: MLAttention, projections: MLAProjections
-    ) -> torch.Tensor:
+    def __call__(self, attention: MLAttention, projections: MLAProjections) -> torch.Tensor:
         """Values attended to, ``[T, N, v_head_dim]``."""
         ...
 
@@ -102,16 +103,17 @@ class LightningIndexer(nn.Module):
         """Project ``[T, H]`` and the latent query ``[T, q_lora_rank]``."""
         query_TND = self.wq_b(query_latent_TQ).unflatten(-1, (self.num_heads, self.head_dim))
         key_TD = self.k_norm(self.wk(hidden_TH))
+        # The key is rotated as one more head.
+        both_TMD = torch.cat([query_TND, key_TD.unsqueeze(1)], dim=1)
+        rope, rest = both_TMD.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
+        both_TMD = torch.cat([rotation.halves(rope), rest], dim=-1)
         scale = float(self.num_heads * self.head_dim) ** -0.5
         return IndexProjections(
-            query=self._rotate(query_TND, rotation),
-            key=self._rotate(key_TD, rotation),
-            weights=self.weights_proj(hidden_TH).float() * scale,
+            query=both_TMD[:, :-1],
+            key=both_TMD[:, -1],
+            # In float32 whatever the model's dtype is, as published.
+            weights=F.linear(hidden_TH.float(), self.weights_proj.weight.float()) * scale,
         )
-
-    def _rotate(self, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        rope, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
-        return torch.cat([rotation.halves(rope), rest], dim=-1)
 
 
 class MLAttention(nn.Module):
@@ -145,9 +147,7 @@ class MLAttention(nn.Module):
         self.o_proj = nn.Linear(heads * shape.v_head_dim, hidden, bias=bias)
         self.indexer = indexer
 
-    def forward(
-        self, hidden_TH: torch.Tensor, rotation: Rotation, attend: Attend
-    ) -> torch.Tensor:
+    def forward(self, hidden_TH: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
         """``[T, H]`` to ``[T, H]``."""
         attended_TNV = attend(self, self.project(hidden_TH, rotation))
         output: torch.Tensor = self.o_proj(attended_TNV.flatten(1))
@@ -163,9 +163,7 @@ class MLAttention(nn.Module):
             query_latent_TQ = self.q_a_layernorm(self.q_a_proj(hidden_TH))
             query = self.q_b_proj(query_latent_TQ)
             index = (
-                None
-                if self.indexer is None
-                else self.indexer(hidden_TH, query_latent_TQ, rotation)
+                None if self.indexer is None else self.indexer(hidden_TH, query_latent_TQ, rotation)
             )
         query_nope, query_rope = query.unflatten(-1, (shape.num_attention_heads, -1)).split(
             [shape.qk_nope_head_dim, shape.qk_rope_head_dim], dim=-1
@@ -173,10 +171,12 @@ class MLAttention(nn.Module):
         latent, key_rope = self.kv_a_proj_with_mqa(hidden_TH).split(
             [shape.kv_lora_rank, shape.qk_rope_head_dim], dim=-1
         )
+        # The shared key is rotated as one more head.
+        rotated_TMR = rotate(torch.cat([query_rope, key_rope.unsqueeze(1)], dim=1))
         return MLAProjections(
             query_nope=query_nope,
-            query_rope=rotate(query_rope),
-            latent=torch.cat([self.kv_a_layernorm(latent), rotate(key_rope)], dim=-1),
+            query_rope=rotated_TMR[:, :-1],
+            latent=torch.cat([self.kv_a_layernorm(latent), rotated_TMR[:, -1]], dim=-1),
             index=index,
         )
 
@@ -184,13 +184,15 @@ class MLAttention(nn.Module):
         """Keys ``[N, C, qk_nope + qk_rope]`` and values ``[N, C, v]`` of cached rows ``[C, L]``."""
         shape = self.shape
         latent, key_rope = latent_CL.split([shape.kv_lora_rank, shape.qk_rope_head_dim], dim=-1)
-        expanded_NCD = self.kv_b_proj(latent).unflatten(-1, (shape.num_attention_heads, -1)).transpose(0, 1)
+        expanded_NCD = (
+            self.kv_b_proj(latent).unflatten(-1, (shape.num_attention_heads, -1)).transpose(0, 1)
+        )
         key_nope, value = expanded_NCD.split([shape.qk_nope_head_dim, shape.v_head_dim], dim=-1)
         key_rope = key_rope.expand(shape.num_attention_heads, -1, -1)
         return torch.cat([key_nope, key_rope], dim=-1), value
 
     def absorbed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of ``kv_b_proj``: ``[N, qk_nope, kv_lora_rank]`` for keys, ``[N, v, kv_lora_rank]`` for values."""
+        """Views of ``kv_b_proj``: ``[N, qk_nope, kv_lora_rank]`` and ``[N, v, kv_lora_rank]``."""
         shape = self.shape
         weight_NDL = self.kv_b_proj.weight.unflatten(0, (shape.num_attention_heads, -1))
         key, value = weight_NDL.split([shape.qk_nope_head_dim, shape.v_head_dim], dim=1)

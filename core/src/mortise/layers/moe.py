@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from mortise.errors import BackendUnusableError, ContractError
-from mortise.layers.mlp import SwiGLU
 from mortise.spec.capabilities import ExpertLayerRequest
 from mortise.spec.dispatch import (
     DispatchDecision,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mortise.backends.ops import Ops
+    from mortise.layers.mlp import SwiGLU
     from mortise.layers.router import GroupedSigmoidRouter
 
 ACCEPTED_UNQUANTISED: Final[Mapping[torch.dtype, tuple[DispatchDtype, ...]]] = MappingProxyType(
@@ -37,7 +37,10 @@ ACCEPTED_UNQUANTISED: Final[Mapping[torch.dtype, tuple[DispatchDtype, ...]]] = M
 
 
 class RoutedExperts(nn.Module):
-    """The stored weights of a layer's experts: ``w13`` ``[E, 2I, H]`` gate first, ``w2`` ``[E, H, I]``."""
+    """The stored weights of a layer's experts.
+
+    ``w13`` ``[E, 2I, H]``, gate before up, and ``w2`` ``[E, H, I]``.
+    """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

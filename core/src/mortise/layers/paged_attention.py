@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mortise.kv.pages import PAGE_SIZE
-from mortise.layers.index_selection import select_keys
+from mortise.layers.index_selection import RowSpan, select_keys
 from mortise.spec.paged_mqa import IndexKeyPages, PagedMQAMetadata
 from mortise.spec.roles import ForwardMode
 
@@ -30,12 +30,15 @@ class BatchLayout:
         query_lens: new tokens of each request, B integers that sum to T.
         context_lens: tokens of each request when this pass is done, B integers.
         page_table: int32 ``[B, pages]``, each row padded with any valid page.
+        prompt_lens: tokens that each request was given, B integers, or None: all there are in a
+            prefill, none in other modes. Ties between index scores are resolved over the prompt.
     """
 
     mode: ForwardMode
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     page_table: torch.Tensor
+    prompt_lens: tuple[int, ...] | None = None
 
     @classmethod
     def build(
@@ -45,6 +48,7 @@ class BatchLayout:
         context_lens: Sequence[int],
         pages: Sequence[Sequence[int]],
         device: torch.device,
+        prompt_lens: Sequence[int] | None = None,
     ) -> BatchLayout:
         """From each request's own list of pages."""
         width = max((len(own) for own in pages), default=0)
@@ -56,6 +60,7 @@ class BatchLayout:
             page_table=torch.tensor(table, dtype=torch.int32, device=device).view(
                 len(pages), width
             ),
+            prompt_lens=None if prompt_lens is None else tuple(prompt_lens),
         )
 
     def positions(self) -> torch.Tensor:
@@ -71,6 +76,45 @@ class BatchLayout:
         """int64 ``[T]``: the request of each new token."""
         lens = torch.tensor(self.query_lens, dtype=torch.int64)
         return torch.arange(len(lens)).repeat_interleave(lens).to(self.page_table.device)
+
+    def row_spans(self) -> tuple[RowSpan, ...]:
+        """How many keys each row chooses among: a prompt's tokens all of it, others what they see.
+
+        So a row's choice is the same however its prompt was chunked, whether it was decoded,
+        drafted and verified, or computed again.
+        """
+        spans, row = [], 0
+        for query_len, context_len, prompt_len in zip(
+            self.query_lens, self.context_lens, self._prompt_lens(), strict=True
+        ):
+            position = context_len - query_len
+            of_prompt = min(max(prompt_len - position, 0), query_len)
+            if of_prompt:
+                spans.append(RowSpan(row, row + of_prompt, prompt_len))
+            spans += [
+                RowSpan(row + offset, row + offset + 1, position + offset + 1)
+                for offset in range(of_prompt, query_len)
+            ]
+            row += query_len
+        return tuple(spans)
+
+    def _prompt_lens(self) -> tuple[int, ...]:
+        if self.prompt_lens is not None:
+            return self.prompt_lens
+        whole = self.mode is ForwardMode.PREFILL
+        return self.context_lens if whole else (0,) * len(self.context_lens)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRows:
+    """Cached rows that each token attends to: int64 ``slots`` ``[T, C]``, and a bias ``[T, 1, C]``.
+
+    The bias is minus infinity where a token has fewer than C. Such a place repeats a row that the
+    token sees, never another request's, so that nothing foreign is read even to be dropped.
+    """
+
+    slots: torch.Tensor
+    bias: torch.Tensor
 
 
 class PagedAttention:
@@ -93,13 +137,15 @@ class PagedAttention:
         self.pool = pool
         self.layout = layout
         self._positions_T = layout.positions()
-        rows_T = layout.rows()
-        self.page_table_TP = layout.page_table[rows_T]
-        self.slots_T = _slots(self.page_table_TP, self._positions_T.unsqueeze(1)).squeeze(1)
+        self.page_table_TP = layout.page_table.index_select(0, layout.rows())
+        self._first_slots_TP = self.page_table_TP.long() * PAGE_SIZE
+        self.slots_T = self._slots(self._positions_T.unsqueeze(1)).squeeze(1)
         self.visible_T = self._positions_T + 1
         self.max_context_len = max(layout.context_lens, default=0)
         self.index_topk = index_topk
         self.metadata = self._plan() if self._is_sparse else None
+        self.spans = layout.row_spans() if self._is_sparse else ()
+        self._every_key: KeyRows | None = None
 
     @property
     def positions(self) -> torch.Tensor:
@@ -134,7 +180,7 @@ class PagedAttention:
                 | ForwardMode.TARGET_VERIFY
                 | ForwardMode.DRAFT_EXTEND
             ):
-                return self._absorbed(attention, projections, chosen_TK)
+                return self._absorbed(attention, projections, self._key_rows(chosen_TK))
             case _:
                 assert_never(self.layout.mode)
 
@@ -151,74 +197,75 @@ class PagedAttention:
             self.metadata,
         )
         return select_keys(
-            logits_TC[:, : self.max_context_len], self.visible_T, self.index_topk
+            logits_TC[:, : self.max_context_len], self.visible_T, self.index_topk, self.spans
         )
+
+    def _key_rows(self, chosen_TK: torch.Tensor | None) -> KeyRows:
+        """Rows of the chosen positions, or of all, which are the same for every layer."""
+        if chosen_TK is not None:
+            return KeyRows(self._slots(chosen_TK.clamp(min=0)), self._bias(chosen_TK < 0))
+        if self._every_key is None:
+            everything = torch.arange(self.max_context_len, device=self._positions_T.device)
+            own_TC = torch.minimum(everything, self._positions_T.unsqueeze(1))
+            self._every_key = KeyRows(self._slots(own_TC), self._bias(own_TC < everything))
+        return self._every_key
+
+    def _slots(self, positions_TC: torch.Tensor) -> torch.Tensor:
+        """Row of the flattened pool, int64 ``[T, C]``, of positions ``[T, C]``."""
+        first_TC = self._first_slots_TP.gather(1, positions_TC // PAGE_SIZE)
+        return first_TC + positions_TC % PAGE_SIZE
+
+    def _bias(self, hidden_TC: torch.Tensor) -> torch.Tensor:
+        bias_TC = torch.zeros(hidden_TC.shape, dtype=self.pool.dtype, device=hidden_TC.device)
+        return bias_TC.masked_fill_(hidden_TC, float("-inf")).unsqueeze(1)
 
     def _expanded(
         self, attention: MLAttention, projections: MLAProjections, chosen_TK: torch.Tensor | None
     ) -> torch.Tensor:
         query_TND = torch.cat([projections.query_nope, projections.query_rope], dim=-1)
-        outputs, start = [], 0
-        layout = self.layout
-        latents_RL = self.pool.latents(attention.layer)
+        output_TNV = query_TND.new_empty(*query_TND.shape[:2], attention.shape.v_head_dim)
+        layout, start = self.layout, 0
+        latents_PSL = self.pool.latents(attention.layer)
         for row, (query_len, context) in enumerate(
             zip(layout.query_lens, layout.context_lens, strict=True)
         ):
             tokens = slice(start, start + query_len)
             start += query_len
-            pages = layout.page_table[row, : -(-context // PAGE_SIZE)].long()
-            keys_NCD, values_NCV = attention.expand(latents_RL[pages].flatten(0, 1)[:context])
+            pages = layout.page_table[row, : -(-context // PAGE_SIZE)]
+            latent_CL = latents_PSL.index_select(0, pages).flatten(0, 1)[:context]
+            keys_NCD, values_NCV = attention.expand(latent_CL)
             chosen = None if chosen_TK is None else chosen_TK[tokens]
             mask_QC = _visible_mask(self.visible_T[tokens], context, chosen)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    query_TND[tokens].transpose(0, 1),
-                    keys_NCD,
-                    values_NCV,
-                    attn_mask=mask_QC,
-                    scale=attention.shape.softmax_scale,
-                ).transpose(0, 1)
-            )
-        return torch.cat(outputs)
+            output_TNV[tokens] = F.scaled_dot_product_attention(
+                query_TND[tokens].transpose(0, 1),
+                keys_NCD,
+                values_NCV,
+                attn_mask=mask_QC,
+                scale=attention.shape.softmax_scale,
+            ).transpose(0, 1)
+        return output_TNV
 
     def _absorbed(
-        self, attention: MLAttention, projections: MLAProjections, chosen_TK: torch.Tensor | None
+        self, attention: MLAttention, projections: MLAProjections, keys: KeyRows
     ) -> torch.Tensor:
         shape = attention.shape
-        if chosen_TK is None:
-            everything = torch.arange(self.max_context_len, device=self._positions_T.device)
-            hidden_TC = everything >= self.visible_T.unsqueeze(1)
-            slots_TC = _slots(self.page_table_TP, everything)
-        else:
-            hidden_TC = chosen_TK < 0
-            slots_TC = _slots(self.page_table_TP, chosen_TK.clamp(min=0))
-        cached_TCL = self.pool.latents(attention.layer).flatten(0, 1)[slots_TC]
-        key_NDL, value_NVL = attention.absorbed()
-        query_TNL = torch.cat(
-            [
-                torch.matmul(projections.query_nope.transpose(0, 1), key_NDL).transpose(0, 1),
-                projections.query_rope,
-            ],
-            dim=-1,
+        latents_RL = self.pool.latents(attention.layer).flatten(0, 1)
+        cached_TCL = latents_RL.index_select(0, keys.slots.flatten()).view(
+            *keys.slots.shape, latents_RL.shape[-1]
         )
-        scores_TNC = torch.bmm(query_TNL, cached_TCL.transpose(1, 2)).float() * shape.softmax_scale
-        scores_TNC.masked_fill_(hidden_TC.unsqueeze(1), float("-inf"))
-        weights_TNC = scores_TNC.softmax(dim=-1).to(cached_TCL.dtype)
+        key_NDL, value_NVL = attention.absorbed()
+        absorbed_NTL = torch.bmm(projections.query_nope.transpose(0, 1), key_NDL)
+        query_TNL = torch.cat([absorbed_NTL.transpose(0, 1), projections.query_rope], dim=-1)
+        scores_TNC = torch.baddbmm(
+            keys.bias, query_TNL, cached_TCL.transpose(1, 2), alpha=shape.softmax_scale
+        )
+        weights_TNC = scores_TNC.softmax(dim=-1, dtype=torch.float32).to(cached_TCL.dtype)
         latent_TNL = torch.bmm(weights_TNC, cached_TCL[..., : shape.kv_lora_rank])
-        return torch.matmul(latent_TNL.transpose(0, 1), value_NVL.transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(latent_TNL.transpose(0, 1), value_NVL.transpose(1, 2)).transpose(0, 1)
 
 
 def _write(pages_PSD: torch.Tensor, slots_T: torch.Tensor, rows_TD: torch.Tensor) -> None:
     pages_PSD.view(-1, rows_TD.shape[-1]).index_copy_(0, slots_T, rows_TD.to(pages_PSD.dtype))
-
-
-def _slots(page_table_TP: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Row of the flattened pool, int64 ``[T, C]``, of positions ``[T, C]`` or ``[C]``."""
-    if positions.dim() == 1:
-        pages = page_table_TP[:, positions // PAGE_SIZE]
-    else:
-        pages = page_table_TP.gather(1, positions // PAGE_SIZE)
-    return pages.long() * PAGE_SIZE + positions % PAGE_SIZE
 
 
 def _visible_mask(

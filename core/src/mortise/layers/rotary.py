@@ -10,7 +10,10 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnScaling:
-    """How YaRN stretches the context (arXiv 2309.00071; field names of Hugging Face ``rope_scaling``)."""
+    """How YaRN stretches the context (arXiv 2309.00071).
+
+    Fields are called as in ``rope_scaling`` of ``config.json``.
+    """
 
     factor: float
     original_max_position_embeddings: int
@@ -50,7 +53,9 @@ def inverse_frequencies(dim: int, theta: float, yarn: YarnScaling | None) -> tor
     if yarn is None:
         return frequencies
     low, high = _correction_range(dim, theta, yarn)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(
+        0, 1
+    )
     return frequencies / yarn.factor * ramp + frequencies * (1 - ramp)
 
 
@@ -69,7 +74,10 @@ def _correction_range(dim: int, theta: float, yarn: YarnScaling) -> tuple[float,
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Cosine and sine of each token's pairs, float32 ``[T, dim / 2]``."""
+    """The rotation of each token's pairs, float32 ``[T, dim]``, in the order of the halves.
+
+    ``cos`` holds every pair's cosine twice; ``sin`` holds minus the sines, then the sines.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -80,18 +88,21 @@ class Rotation:
         The output order (all first elements, then all second) is a fixed permutation of the pairs,
         the same for queries and keys, so their products are unchanged.
         """
-        return self._rotate(x_TD[..., 0::2], x_TD[..., 1::2])
+        first, second = x_TD[..., 0::2], x_TD[..., 1::2]
+        return self._rotate(torch.cat([first, second], dim=-1), second, first)
 
     def halves(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Rotate pairs ``(x_i, x_{i + dim/2})``."""
         first, second = x_TD.chunk(2, dim=-1)
-        return self._rotate(first, second)
+        return self._rotate(x_TD, second, first)
 
-    def _rotate(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        cos, sin = self.cos.to(first.dtype), self.sin.to(first.dtype)
-        if first.dim() == 3:  # [T, heads, dim / 2]
+    def _rotate(
+        self, x_TD: torch.Tensor, second: torch.Tensor, first: torch.Tensor
+    ) -> torch.Tensor:
+        cos, sin = self.cos.to(x_TD.dtype), self.sin.to(x_TD.dtype)
+        if x_TD.dim() == 3:  # [T, heads, dim]
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return x_TD * cos + torch.cat([second, first], dim=-1) * sin
 
 
 class RotaryEmbedding:
@@ -118,4 +129,5 @@ class RotaryEmbedding:
 
     def __call__(self, positions_T: torch.Tensor) -> Rotation:
         """The rotations of int64 positions ``[T]``."""
-        return Rotation(self._cos[positions_T], self._sin[positions_T])
+        cos, sin = self._cos.index_select(0, positions_T), self._sin.index_select(0, positions_T)
+        return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))

@@ -60,4 +60,5 @@ class GroupedSigmoidRouter(nn.Module):
         group_scores_TG = choice_TGE.topk(2, dim=-1).values.sum(dim=-1)
         best = group_scores_TG.topk(self.topk_group, dim=-1).indices
         dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best, False)
-        return choice_TGE.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
+        kept: torch.Tensor = choice_TGE.masked_fill(dropped_TG.unsqueeze(-1), float("-inf"))
+        return kept.flatten(1)

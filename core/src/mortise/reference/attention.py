@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,7 +13,9 @@ from mortise.spec.paged_mqa import (
     PagedMQABuffers,
     PagedMQAMetadata,
 )
-from mortise.spec.roles import ForwardMode
+
+if TYPE_CHECKING:
+    from mortise.spec.roles import ForwardMode
 
 
 def paged_mqa_metadata(
@@ -41,7 +44,8 @@ def plan_schedule(context_lens: torch.Tensor, num_workers: int) -> torch.Tensor:
 
     Returns:
         int32 ``[num_workers + 1, 2]``: worker s does the units from entry s up to entry s + 1;
-        an entry is (atom, unit within the atom), the last is (number of atoms, 0).
+        an entry is (atom, unit within the atom), the last is (number of atoms, 0). Two equal
+        entries are a worker without work.
     """
     units = (context_lens.flatten().clamp(min=1).long() + SPLIT_TOKENS - 1) // SPLIT_TOKENS
     ends = units.cumsum(0)
@@ -52,10 +56,7 @@ def plan_schedule(context_lens: torch.Tensor, num_workers: int) -> torch.Tensor:
     atoms = torch.searchsorted(ends, starts, right=True)
     before = torch.cat([ends.new_zeros(1), ends])[atoms]
     entries = torch.stack([atoms, starts - before], dim=1)
-    # A worker without work starts where everything ends.
-    final = entries.new_tensor([[num_atoms, 0]])
-    entries = torch.where((starts >= total).unsqueeze(1), final, entries)
-    return torch.cat([entries, final]).to(torch.int32)
+    return torch.cat([entries, entries.new_tensor([[num_atoms, 0]])]).to(torch.int32)
 
 
 def paged_mqa_logits(
@@ -68,7 +69,8 @@ def paged_mqa_logits(
     """Score in float32; consecutive rows of one request read its keys once."""
     metadata.check_launch(query.shape[0], page_table.shape[0], weights.shape[0])
     num_pages = -(-metadata.max_context_len // metadata.block_size)
-    table = page_table[:, :num_pages].long()
+    assert page_table.shape[1] >= num_pages, "a row's pages do not reach its length"
+    table = page_table[:, :num_pages]
     rows, next_n, heads, dim = query.shape
     if rows == 0:
         return weights.new_empty(0, num_pages * metadata.block_size)
@@ -85,21 +87,24 @@ def paged_mqa_logits(
 
 
 def _runs(table_RP: torch.Tensor) -> list[tuple[int, int]]:
-    changes = (table_RP[1:] != table_RP[:-1]).any(dim=1).nonzero().flatten() + 1
-    bounds = [0, *cast("list[int]", changes.tolist()), table_RP.shape[0]]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    rows = table_RP.shape[0]
+    changed = (table_RP[1:] != table_RP[:-1]).any(dim=1).tolist() if rows > 1 else []
+    bounds = [0, *(row for row in range(1, rows) if changed[row - 1]), rows]
+    return list(pairwise(bounds))
 
 
 def _gather(key_pages: IndexKeyPages, table: torch.Tensor) -> torch.Tensor:
-    keys = key_pages.keys[table].float()
+    """Keys float32 ``[..., C, D]`` of pages ``[..., P]``."""
+    # Selecting whole pages copies them; indexing with two dimensions goes element by element.
+    pages = table.flatten()
+    keys = key_pages.keys.index_select(0, pages).float()
     if key_pages.scales is not None:
-        keys = keys * key_pages.scales[table].unsqueeze(-1)
-    return keys.flatten(-3, -2)
+        keys = keys * key_pages.scales.index_select(0, pages).unsqueeze(-1)
+    num_keys = table.shape[-1] * keys.shape[1]
+    return keys.view(*table.shape[:-1], num_keys, keys.shape[-1])
 
 
-def _score(
-    query_RSD: torch.Tensor, keys: torch.Tensor, weights_RSN: torch.Tensor
-) -> torch.Tensor:
+def _score(query_RSD: torch.Tensor, keys: torch.Tensor, weights_RSN: torch.Tensor) -> torch.Tensor:
     """Scores ``[R, next_n, C]`` of rows against keys ``[C, D]`` or ``[R, C, D]``."""
     rows, next_n, heads = weights_RSN.shape
     products = torch.matmul(query_RSD, keys.transpose(-1, -2)).relu_()

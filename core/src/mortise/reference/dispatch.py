@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 
@@ -24,7 +25,12 @@ from mortise.spec.dispatch import (
 from mortise.spec.hooks import NOT_SUPPORTED, NotSupported
 from mortise.spec.reasons import ReasonCode
 
-UNQUANTISED = {torch.float32: DispatchDtype.FP32, torch.bfloat16: DispatchDtype.BF16}
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+UNQUANTISED: Final[Mapping[torch.dtype, DispatchDtype]] = MappingProxyType(
+    {torch.float32: DispatchDtype.FP32, torch.bfloat16: DispatchDtype.BF16}
+)
 
 
 def resolve_dispatch_dtype(request: DispatchRequest) -> DispatchDecision:
@@ -32,7 +38,7 @@ def resolve_dispatch_dtype(request: DispatchRequest) -> DispatchDecision:
     dtype, rule, reason = _decide(request)
     if dtype not in request.accepted:
         raise ContractError(
-            f"layer {request.layer}: {reason}, which its experts cannot consume: {dtype.value}",
+            f"layer {request.layer}: its experts cannot consume {dtype.value} rows ({reason})",
             reason=ReasonCode.REQUEST_UNSUPPORTED,
             expected=f"one of {', '.join(accepted.value for accepted in request.accepted)}",
             remedy="remove the override or choose an accepted format",
@@ -99,7 +105,7 @@ class LocalDispatcher:
         group_counts = tuple(cast("list[int]", counts.tolist()))
         order = order[: sum(group_counts)]
         tokens = DispatchedTokens(
-            rows=hidden_TH[order // routing.topk_ids.shape[1]],
+            rows=hidden_TH.index_select(0, order // routing.topk_ids.shape[1]),
             scales=None,
             group_list=counts,
             group_list_kind=GroupListKind.COUNTS,
@@ -114,12 +120,9 @@ class LocalDispatcher:
         weights_TK = handle.topk_weights_TK
         num_tokens, num_choices = weights_TK.shape
         num_rows, hidden_size = handle.order_R.shape[0], rows_RH.shape[1]
-        rows = rows_RH[:num_rows].float()
-        if num_rows < num_tokens * num_choices:
-            padded = rows.new_zeros(num_tokens * num_choices, hidden_size)
-            rows = padded.index_copy(0, handle.order_R, rows)
-        else:
-            rows = rows[handle.order_R.argsort()]
-        chosen_TKH = rows.view(num_tokens, num_choices, hidden_size)
+        # What no expert answered for stays zero.
+        chosen = rows_RH.new_zeros(num_tokens * num_choices, hidden_size, dtype=torch.float32)
+        chosen.index_copy_(0, handle.order_R, rows_RH[:num_rows].float())
+        chosen_TKH = chosen.view(num_tokens, num_choices, hidden_size)
         summed = torch.bmm(weights_TK.float().unsqueeze(1), chosen_TKH).squeeze(1)
         return summed.to(rows_RH.dtype)

@@ -52,9 +52,7 @@ def _counts(tokens: DispatchedTokens) -> tuple[int, ...]:
     group_list = cast("list[int]", tokens.group_list.tolist())
     if tokens.group_list_kind is GroupListKind.COUNTS:
         return tuple(group_list)
-    return tuple(
-        end - start for start, end in zip([0, *group_list], group_list, strict=False)
-    )
+    return tuple(end - start for start, end in zip([0, *group_list], group_list, strict=False))
 
 
 def _apply_grouped(
@@ -74,9 +72,7 @@ def _apply_grouped(
 def _apply_masked(
     tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    output = tokens.rows.new_empty(
-        *tokens.rows.shape[:2], experts.hidden_size, dtype=out_dtype
-    )
+    output = tokens.rows.new_empty(*tokens.rows.shape[:2], experts.hidden_size, dtype=out_dtype)
     for expert, count in enumerate(_counts(tokens)):
         if count:
             output[expert, :count] = _expert(
