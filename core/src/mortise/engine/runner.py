@@ -58,6 +58,7 @@ class Runner:
             query_lens=batch.query_lens,
             context_lens=tuple(context_lens),
             page_table=self._table([request.pages for request in batch.requests]),
+            prompt_lens=tuple(request.num_prompt_tokens for request in batch.requests),
         )
         return self._forward(token_ids, layout, _last_rows(batch, sampled))
 
@@ -77,6 +78,7 @@ class Runner:
                 query_lens=(end - start,),
                 context_lens=(end,),
                 page_table=self._table([pages]),
+                prompt_lens=(len(token_ids),),
             )
             parts.append(self._forward(list(token_ids[start:end]), layout, None))
         return torch.cat(parts)
