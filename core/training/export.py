@@ -28,7 +28,7 @@ from training.recipe import Recipe, read_recipe
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from mortise.checkpoint.load import Placement
+    from mortise.checkpoint.placement import Placement
 
 REPOSITORY: Final = Path(__file__).parents[2]
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json")

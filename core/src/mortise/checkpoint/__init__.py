@@ -1,7 +1,8 @@
 """Model directories as published: configuration, tokenizer and tensors, read, placed and saved."""
 
 from mortise.checkpoint.directory import ModelDirectory, WeightFiles, builtin_model_path
-from mortise.checkpoint.load import LoadReport, Placement, Skip, load_weights
+from mortise.checkpoint.load import LoadReport, load_weights
+from mortise.checkpoint.placement import Placement, Skip
 from mortise.checkpoint.save import save_checkpoint
 from mortise.checkpoint.stream import StreamDecoder
 from mortise.checkpoint.tensors import CheckpointTensors, StoredTensor

@@ -14,39 +14,11 @@ import torch
 from mortise.checkpoint.misfits import check_fit
 
 if TYPE_CHECKING:
+    from mortise.checkpoint.placement import Placement, Skip
     from mortise.checkpoint.tensors import CheckpointTensors
 
 Progress = Callable[[str, int], None]
 """Called after each tensor with its name and its stored bytes."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Placement:
-    """Where one tensor of the checkpoint belongs.
-
-    Args:
-        name: its name in the checkpoint.
-        target: memory that is filled in place: a parameter or a view of a part of one; its shape
-            is the shape expected in the checkpoint.
-        optional: the model can do without it; the target then keeps what it holds.
-    """
-
-    name: str
-    target: torch.Tensor
-    optional: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """Tensors that a checkpoint may hold and that the model does not use.
-
-    Args:
-        pattern: regular expression that matches the whole name.
-        reason: why nothing is lost.
-    """
-
-    pattern: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from mortise.errors import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from mortise.checkpoint.load import Placement
+    from mortise.checkpoint.placement import Placement
     from mortise.checkpoint.tensors import CheckpointTensors, StoredTensor
 
 CONVERTIBLE = frozenset({torch.bfloat16, torch.float16, torch.float32})

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from mortise.backends.ops import Ops
-    from mortise.checkpoint.load import Placement, Skip
+    from mortise.checkpoint.placement import Placement, Skip
     from mortise.layers.paged_attention import BatchLayout
     from mortise.spec.dispatch import DispatchDecision, Override
 

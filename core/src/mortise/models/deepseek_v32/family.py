@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mortise.backends.ops import Ops
-    from mortise.checkpoint.load import Placement, Skip
+    from mortise.checkpoint.placement import Placement, Skip
     from mortise.models.family import CausalLM
     from mortise.spec.dispatch import Override
 

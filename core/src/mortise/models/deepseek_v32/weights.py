@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mortise.checkpoint.load import Placement, Skip
+from mortise.checkpoint.placement import Placement, Skip
 from mortise.layers.mlp import SwiGLU
 from mortise.layers.moe import MoELayer
 
