@@ -1,0 +1,80 @@
+"""The page of the JSON documents lists the fields that are printed, all of them and no others."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.cli.command_line import mortise
+from tests.docs.pages import DOCS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+NAMED_BY_USERS = {"hooks", "configuration"}
+"""Objects whose keys are names, not fields."""
+
+
+def documented(section: str) -> set[str]:
+    text = (DOCS / "reference/json.md").read_text(encoding="utf-8")
+    match = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    assert match
+    return set(re.findall(r"^\| `([^`]+)` \|", match[1], flags=re.MULTILINE))
+
+
+def fields(value: Any, place: str = "") -> Iterator[str]:
+    """The dotted name of every field that holds a value of its own."""
+    match value:
+        case dict():
+            for key, inner in value.items():
+                name = "NAME" if place in NAMED_BY_USERS or place.endswith(".hooks") else key
+                yield from fields(inner, f"{place}.{name}".removeprefix("."))
+        case list():
+            for inner in value:
+                yield from fields(inner, f"{place}[]")
+        case _:
+            yield place
+
+
+def assert_documented(section: str, value: dict[str, Any]) -> None:
+    printed, described = set(fields(value)), documented(section)
+    # A whole object or list that is null or empty stands for the fields inside it.
+    unknown = {
+        name
+        for name in printed - described
+        if not any(one.startswith((f"{name}.", f"{name}[")) for one in described)
+    }
+    assert not unknown
+    lists = {name for name in described if name.endswith("[]")}
+    assert described - printed <= lists
+
+
+def test_a_failure() -> None:
+    outcome = mortise("generate", "x", "--backend", "refrence", "--model", ".", "--json")
+    document = json.loads(outcome.stderr)
+    assert set(document["error"]) == {
+        name.removeprefix("error.").removesuffix("[]") for name in documented("Failure")
+    } - {"schema"}
+
+
+@pytest.mark.parametrize(
+    ("section", "arguments"),
+    [
+        ("generate", ["generate", "x", "--prompt", "y", "--max-tokens", "2", "--logprobs", "1"]),
+        ("backends", ["backends"]),
+        ("explain", ["explain"]),
+        ("doctor", ["doctor"]),
+    ],
+)
+def test_a_verb(builtin: Path, section: str, arguments: list[str]) -> None:
+    assert_documented(section, mortise(*arguments, "--json").document)
+
+
+def test_eval(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("def f(x):\n    return x\n")
+    assert_documented("eval", mortise("eval", file, "--model", tiny_model, "--json").document)
