@@ -41,7 +41,7 @@ class MortiseError(Exception):
         what: one sentence, lower case, no full stop, with the offending value in it.
         expected: what would have been right.
         remedy: what the reader can do next.
-        details: further lines (what was found, root cause), shown between ``what`` and ``expected``.
+        details: further lines (what was found, root cause), shown below ``what``.
     """
 
     exit_code = 2

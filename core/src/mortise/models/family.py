@@ -73,7 +73,7 @@ class CausalLM(Protocol):
         ...
 
     def run(self, token_ids_T: torch.Tensor, paged_pass: PagedPass) -> torch.Tensor:
-        """Hidden states ``[T, H]`` ready for :meth:`logits`; writes the tokens' rows to the cache."""
+        """Hidden states ``[T, H]`` for :meth:`logits`; writes the tokens' rows to the cache."""
         ...
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
@@ -84,8 +84,10 @@ class CausalLM(Protocol):
 class ModelFamily(Protocol):
     """One architecture: how to read its configuration, build it, and place its weights."""
 
-    model_types: tuple[str, ...]
-    """Values of ``model_type`` in ``config.json`` that this family answers to."""
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Values of ``model_type`` in ``config.json`` that this family answers to."""
+        ...
 
     def facts(self, raw: Mapping[str, object]) -> ModelFacts:
         """Check ``config.json`` and say what the engine needs to know.
@@ -95,9 +97,7 @@ class ModelFamily(Protocol):
         """
         ...
 
-    def build(
-        self, raw: Mapping[str, object], ops: Ops, override: Override | None
-    ) -> CausalLM:
+    def build(self, raw: Mapping[str, object], ops: Ops, override: Override | None) -> CausalLM:
         """The model with empty parameters on the current default device and dtype."""
         ...
 

@@ -47,7 +47,7 @@ class BindContext:
 
     Args:
         role: which model of the run.
-        device: the configured device text (``cpu``, ``emulated``, ...), or None for the backend's own.
+        device: the configured device (``cpu``, ``emulated``, ...), or None for the backend's own.
         options: the backend's own table of the engine configuration, unvalidated.
         engine_version: version of the core.
     """

@@ -137,8 +137,8 @@ class DispatchedTokens:
     Args:
         rows: ``[R, H]`` (grouped) or ``[E_l, capacity, H]`` (masked).
         scales: scales of quantised rows, or None.
-        group_list: int64 ``[E_l]``, counts or cumulative ends as ``group_list_kind`` says; rows past
-            the last group are undefined and must not be read.
+        group_list: int64 ``[E_l]``, counts or cumulative ends as ``group_list_kind`` says; rows
+            past the last group are undefined and must not be read.
         group_counts: the same counts as Python integers where the host knows them, else None;
             saves a device synchronisation.
         format: what the rows are.
@@ -154,7 +154,10 @@ class DispatchedTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """The router's choice: ``topk_ids`` int64 ``[T, K]`` (-1: no expert), ``topk_weights`` float32 ``[T, K]``."""
+    """The router's choice.
+
+    ``topk_ids`` is int64 ``[T, K]`` (-1: no expert), ``topk_weights`` float32 ``[T, K]``.
+    """
 
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
@@ -174,7 +177,7 @@ class TokenDispatcher(Protocol):
         ...
 
     def combine(self, rows_RH: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """Weight the experts' rows ``[R, H]`` by routing weight and sum them per token, ``[T, H]``."""
+        """Sum the experts' rows ``[R, H]`` per token by routing weight, ``[T, H]``."""
         ...
 
 

@@ -44,8 +44,9 @@ class GroupedWeight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
-    """The experts of one layer: ``w13`` is gate over up ``[E_l, 2I, H]``, ``w2`` is down ``[E_l, H, I]``.
+    """The experts of one layer.
 
+    ``w13`` is gate over up ``[E_l, 2I, H]``, ``w2`` is down ``[E_l, H, I]``.
     ``prepared`` is what ``prepare_expert_weights`` made of them: opaque to the core, owned by the
     backend, None until prepared.
     """

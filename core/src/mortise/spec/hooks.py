@@ -118,7 +118,7 @@ def paged_mqa_logits(
     page_table: torch.Tensor,
     metadata: PagedMQAMetadata,
 ) -> torch.Tensor:
-    """Score cached keys for the indexer: ``sum_h w[i, h] * relu(q[i, h] . k[j])``, times key scales.
+    """Score cached keys for the indexer: ``sum_h w[i, h] * relu(q[i, h] . k[j])`` by key scale.
 
     Args:
         query: ``[rows, next_n, N, D]``, compute dtype, rotary embedding applied.
@@ -150,7 +150,9 @@ def quantized_moe_apply(
 
 
 @hookspec(firstresult=True)
-def qkv_split(projected_qkvz: torch.Tensor, projected_ba: torch.Tensor, shape: QKVShape) -> QKVParts:
+def qkv_split(
+    projected_qkvz: torch.Tensor, projected_ba: torch.Tensor, shape: QKVShape
+) -> QKVParts:
     """Split the fused projections of gated delta net attention.
 
     Args:
@@ -194,4 +196,4 @@ PAIRED_HOOKS: Final = (
     frozenset({"prepare_expert_weights", "quantized_moe_apply"}),
     frozenset({"paged_mqa_metadata", "paged_mqa_logits"}),
 )
-"""Hooks that hand each other a record only their author can read: one backend answers all of a set."""
+"""Hooks that share a record only their author can read: one backend answers all of a set."""

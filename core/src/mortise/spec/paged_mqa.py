@@ -1,4 +1,4 @@
-"""The schedule of the sparse-attention indexer over paged keys, with the lengths it was made from."""
+"""The schedule of the indexer over paged keys, with the lengths it was made from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLIT_TOKENS = 256
 class PagedMQABuffers:
     """The tensors that a kernel reads, in storage that never moves.
 
-    A captured graph holds their addresses, so a refresh copies into them and counts a generation up.
+    A captured graph holds their addresses: a refresh copies into them, one generation further.
 
     Args:
         context_lens: int32 ``[rows, next_n]``, contiguous, the true visible length of each row.
@@ -118,14 +118,15 @@ def refresh_paged_mqa_metadata(
     if buffers.schedule is not None and fresh.schedule is not None:
         buffers.schedule.copy_(fresh.schedule)
     buffers.generation += 1
-    return replace(
-        fresh, buffers=buffers, generation=buffers.generation
-    )
+    return replace(fresh, buffers=buffers, generation=buffers.generation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexKeyPages:
-    """The indexer's cached keys of one layer: ``keys`` ``[P, 64, D]``, ``scales`` float32 ``[P, 64]`` or None."""
+    """The indexer's cached keys of one layer.
+
+    ``keys`` is ``[P, 64, D]``, ``scales`` float32 ``[P, 64]`` or None.
+    """
 
     keys: torch.Tensor
     scales: torch.Tensor | None = None

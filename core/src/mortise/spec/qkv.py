@@ -14,14 +14,14 @@ class QKVLayout(StrEnum):
     """The two stored layouts of the fused projections; never mixed."""
 
     INTERLEAVED = "interleaved"
-    """Per key-head group: q, k, that group's v heads, that group's z heads; b and a likewise (Qwen3-Next)."""
+    """Per key-head group: q, k, its v heads, its z heads; b and a likewise (Qwen3-Next)."""
     CONTIGUOUS = "contiguous"
     """All q, all k, all v, all z; all b, all a (Qwen3.5)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QKVShape:
-    """Static facts of the projections: heads and head sizes of keys and of values, and the layout."""
+    """Heads and head sizes of keys and of values, and the stored layout."""
 
     num_key_heads: int
     num_value_heads: int
@@ -34,7 +34,8 @@ class QKVShape:
 class QKVParts:
     """The split projections, every one contiguous, dtype of the input.
 
-    ``mixed_qkv`` ``[T, 2*nk*hk + nv*hv]`` (all q, all k, all v), ``z`` ``[T, nv, hv]``, ``b`` and ``a`` ``[T, nv]``.
+    ``mixed_qkv`` is ``[T, 2*nk*hk + nv*hv]`` (all q, all k, all v), ``z`` ``[T, nv, hv]``, ``b``
+    and ``a`` ``[T, nv]``.
     """
 
     mixed_qkv: torch.Tensor

@@ -94,7 +94,8 @@ class DeepseekV32Config(BaseModel):
     def _consistent(self) -> Self:
         if self.n_routed_experts % self.n_group:
             raise ValueError(
-                f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}"
+                f"n_routed_experts {self.n_routed_experts} is not a multiple of "
+                f"n_group {self.n_group}"
             )
         if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             raise ValueError("a group needs at least two experts")

@@ -70,7 +70,9 @@ class DeepseekV32Model(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, token_ids_T: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, token_ids_T: torch.Tensor, rotation: Rotation, attend: Attend
+    ) -> torch.Tensor:
         """Token ids int64 ``[T]`` to normalised hidden states ``[T, H]``."""
         hidden_TH = self.embed_tokens(token_ids_T)
         for layer in self.layers:
