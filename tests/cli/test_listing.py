@@ -95,3 +95,15 @@ def test_explain_shows_the_options_of_backends(builtin: Path, tmp_path: Path) ->
     document = mortise("explain", "--config", config, "--json").document
     row = document["configuration"]["backend_options.reference.num_workers"]
     assert row == {"value": 7, "origin": f"file {config}"}
+
+
+def test_options_for_a_backend_that_is_not_installed_are_news(
+    builtin: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "engine.toml"
+    config.write_text("[backend_options.refrence]\nnum_workers = 7\n")
+    outcome = mortise("explain", "--config", config)
+    assert outcome.code == 0
+    assert outcome.stderr == (
+        "warning: backend_options.refrence is for a backend that is not installed\n"
+    )

@@ -35,6 +35,9 @@ def load_llm(resolved: ResolvedConfig) -> LLM:
             f"backend {bound.row.name!r} does not implement {hooks}: the exact reference answers,"
             " on the same device (--strict makes this an error)"
         )
+    installed = {row.name for row in bound.candidates}
+    for name in sorted(set(resolved.config.backend_options) - installed):
+        show_warning(f"backend_options.{name} is for a backend that is not installed")
     if bound.ops.backend.emulated:
         show_warning(f"backend {bound.row.name!r} is emulated: its numerics, not its speed")
     return llm

@@ -127,7 +127,7 @@ def bind_backend(resolved: ResolvedConfig) -> BoundBackend:
         config.backend,
         role=ModelRole.MAIN,
         device=config.device,
-        options=config.backend_options.get(config.backend.rpartition(":")[2]),
+        options_by_name=config.backend_options,
         strict=config.strict,
         source=resolved.origins["backend"],
     )
