@@ -50,7 +50,7 @@ def test_the_held_out_texts_are_scored_beside_the_baselines(
     own, unigram, bigram = document["scores"]
     assert document["schema"] == 1
     assert (document["documents"], document["bytes"]) == (2, 2 * len(TEXT))
-    assert (document["window"], document["stride"]) == (512, 256)
+    assert (document["window"], document["stride"]) == (512, 512)
     assert own["predicted_tokens"] == 2 * (len(ids) - 1)
     assert own["nats_per_token"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
     assert own["perplexity"] == pytest.approx(math.exp(own["nats_per_token"]))

@@ -27,9 +27,7 @@ DEFAULT_WINDOW = 1024
     type=int,
     help=f"Tokens that the model sees at once.  [default: {DEFAULT_WINDOW}, at most its context]",
 )
-@click.option(
-    "--stride", type=int, help="Tokens from one window to the next.  [default: half a window]"
-)
+@click.option("--stride", type=int, help="Tokens from one window to the next.  [default: a window]")
 @click.option("--documents", type=int, help="Score only this many texts, the first ones.")
 @configuration_options
 @json_option
@@ -89,7 +87,7 @@ def _window(llm: LLM, window: int | None, stride: int | None) -> tuple[int, int]
             expected=f"an integer from 1 to {context}, the model's context",
             remedy="correct --window",
         )
-    stride = max(length // 2, 1) if stride is None else stride
+    stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise RequestError(
             f"--stride is {stride}",
