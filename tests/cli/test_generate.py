@@ -6,8 +6,10 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner
 
 from mortise import LLM, SamplingParams
+from mortise.cli import command_tree
 from tests.cli.command_line import mortise
 
 if TYPE_CHECKING:
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from mortise import Completion
 
 PROMPT = "def f(x):"
-TIMINGS = r"load [\d.]+ s \| prompt 9 tokens \| first token [\d.]+ s \| generated 6 tokens"
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +190,9 @@ def test_a_deprecated_variable_warns_and_counts(builtin: Path) -> None:
     assert outcome.stderr.startswith("warning: the environment variable SGLANG_DEEPEP_BF16")
     origin = outcome.document["configuration"]["dispatch.dtype"]["origin"]
     assert origin == "environment variable SGLANG_DEEPEP_BF16_DISPATCH"
+
+
+def test_on_a_terminal_the_prompt_is_dim(builtin: Path, expected: list[Completion]) -> None:
+    arguments = ["generate", PROMPT, "--max-tokens", "6", "--quiet"]
+    shown = CliRunner().invoke(command_tree(), arguments, color=True).stdout
+    assert shown == f"\x1b[2m{PROMPT}\x1b[0m{expected[0].text}\n"
