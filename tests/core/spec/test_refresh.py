@@ -1,0 +1,110 @@
+"""A refreshed plan lives in the old storage, and the old description of it can no longer be run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mortise.errors import ContractError, StaleScheduleError
+from mortise.reference.attention import paged_mqa_metadata
+from mortise.spec.paged_mqa import PagedMQABuffers, PagedMQAMetadata, refresh_paged_mqa_metadata
+from mortise.spec.roles import ForwardMode
+
+
+def metadata(
+    *lens: int, num_workers: int = 4, block_size: int = 64, mode: ForwardMode = ForwardMode.DECODE
+) -> PagedMQAMetadata:
+    context_lens = torch.tensor(lens, dtype=torch.int32).unsqueeze(1)
+    return paged_mqa_metadata(context_lens, block_size, num_workers, mode)
+
+
+def launch(record: PagedMQAMetadata) -> None:
+    record.check_launch(record.rows, record.rows, record.rows * record.next_n)
+
+
+def addresses(record: PagedMQAMetadata) -> tuple[int, int]:
+    assert record.schedule is not None
+    return record.context_lens.data_ptr(), record.schedule.data_ptr()
+
+
+def test_the_storage_stays_and_holds_the_new_plan() -> None:
+    stale, fresh = metadata(300, 10), metadata(700, 2000)
+    kept, wanted = addresses(stale), fresh.schedule
+    assert wanted is not None
+    refreshed = refresh_paged_mqa_metadata(stale, fresh)
+    assert addresses(refreshed) == kept
+    assert refreshed.context_lens.flatten().tolist() == [700, 2000]
+    assert torch.equal(refreshed.schedule, wanted)
+    assert refreshed.max_context_len == 2000
+    launch(refreshed)
+
+
+def test_an_old_description_is_refused() -> None:
+    first = metadata(300, 10)
+    second = refresh_paged_mqa_metadata(first, metadata(301, 11))
+    third = refresh_paged_mqa_metadata(second, metadata(302, 12))
+    assert [record.generation for record in (first, second, third)] == [0, 1, 2]
+    launch(third)
+    for record in (first, second):
+        with pytest.raises(StaleScheduleError, match="last refresh"):
+            launch(record)
+
+
+def test_refreshing_from_an_old_description_still_counts_up() -> None:
+    first = metadata(300)
+    refresh_paged_mqa_metadata(first, metadata(301))
+    third = refresh_paged_mqa_metadata(first, metadata(302))
+    assert third.generation == 2
+    launch(third)
+
+
+def test_the_fresh_plan_is_not_the_refreshed_one() -> None:
+    """Another refresh of the old buffers must not reach into somebody else's."""
+    stale, fresh = metadata(300), metadata(700)
+    refresh_paged_mqa_metadata(stale, fresh)
+    refresh_paged_mqa_metadata(stale, metadata(900))
+    assert fresh.context_lens.item() == 700
+    launch(fresh)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        metadata(1, 2, 3),
+        metadata(1, 2, num_workers=5),
+        metadata(1, 2, block_size=32),
+        metadata(1, 2, mode=ForwardMode.TARGET_VERIFY),
+        metadata(1, 2, mode=ForwardMode.PREFILL),
+        dataclasses.replace(
+            metadata(1, 2), buffers=PagedMQABuffers(torch.ones(2, 1, dtype=torch.int32), None)
+        ),
+        paged_mqa_metadata(torch.ones(2, 2, dtype=torch.int32), 64, 4, ForwardMode.DECODE),
+    ],
+    ids=["rows", "workers", "block size", "mode", "prefill", "no schedule", "next_n"],
+)
+def test_another_shape_is_refused_and_leaves_everything_alone(other: PagedMQAMetadata) -> None:
+    stale = metadata(300, 10)
+    with pytest.raises(ContractError, match="cannot refresh"):
+        refresh_paged_mqa_metadata(stale, other)
+    assert stale.context_lens.flatten().tolist() == [300, 10]
+    launch(stale)
+
+
+@pytest.mark.parametrize("rows", [(1, 2, 2), (2, 1, 2), (2, 2, 1), (3, 3, 3)])
+def test_rows_that_disagree_are_refused(rows: tuple[int, int, int]) -> None:
+    with pytest.raises(ContractError, match="the same number of rows"):
+        metadata(300, 10).check_launch(*rows)
+
+
+def test_several_tokens_of_a_row_have_weights_each() -> None:
+    record = paged_mqa_metadata(torch.ones(2, 3, dtype=torch.int32), 64, 4, ForwardMode.DECODE)
+    record.check_launch(2, 2, 6)
+    with pytest.raises(ContractError):
+        record.check_launch(2, 2, 2)
+
+
+def test_the_description_is_immutable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        metadata(1).rows = 2  # type: ignore[misc]
