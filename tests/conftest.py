@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.fixtures.tiny_models import save_tiny
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# Tests share the machine, so the time of an example says nothing; the same examples every time.
+settings.register_profile("mortise", deadline=None, derandomize=True)
+settings.load_profile("mortise")
 
 
 @pytest.fixture(scope="session")
