@@ -1,6 +1,6 @@
 """Writes a trained model as a Hugging Face directory, measures it, and fills in its model card.
 
-    python -m training.export WORK OUTPUT [--run NAME]
+    python -m training.export WORK OUTPUT [--run NAME] [--held-out DIRECTORY]
 
 WORK holds what the other scripts wrote: corpus/, tokenizer/, data/, baselines/ and the run.
 """
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from mortise.checkpoint.save import save_checkpoint, write_json
+from mortise.evaluation.texts import NGRAMS_FILE, TEXT_FILE
 from mortise.models.deepseek_v32.weights import mtp_placements, placements
 from training import checkpoints
 from training.card import model_card
@@ -89,6 +90,13 @@ def write_model(recipe: Recipe, state: Mapping[str, Any], tokenizer: Path, outpu
     write_licences(output)
 
 
+def write_held_out(work: Path, output: Path) -> None:
+    """Write what `mortise eval` reads: the held-out texts and the counts of the baselines."""
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(work / "corpus" / "held_out.jsonl", output / TEXT_FILE)
+    shutil.copyfile(work / "baselines" / NGRAMS_FILE, output / NGRAMS_FILE)
+
+
 def read_log(file: Path) -> list[dict[str, Any]]:
     """Return the entries of a run's log."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -97,7 +105,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 def facts(work: Path, run: Path, recipe: Recipe, model: LanguageModel) -> dict[str, Any]:
     """Return everything that the model card states: data, recipe, log, measures."""
     lengths = recipe.stages[-1].sequence_length, model.config.max_position_embeddings
-    ngrams = work / "baselines" / "ngrams.safetensors"
+    ngrams = work / "baselines" / NGRAMS_FILE
     return {
         "corpus": json.loads((work / "corpus" / "corpus.json").read_text(encoding="utf-8")),
         "data": json.loads((work / "data" / "data.json").read_text(encoding="utf-8")),
@@ -118,14 +126,23 @@ def facts(work: Path, run: Path, recipe: Recipe, model: LanguageModel) -> dict[s
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=Path(__file__).with_name("recipe.toml"),
 )
+@click.option(
+    "--held-out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also write there the texts and counts that `mortise eval` reads.",
+)
 @click.option("--threads", default=1, show_default=True, help="Threads of torch.")
-def main(work: Path, output: Path, run_name: str, recipe_file: Path, threads: int) -> None:
+def main(
+    work: Path, output: Path, run_name: str, recipe_file: Path, held_out: Path | None, threads: int
+) -> None:
     """Export the latest checkpoint of the run WORK/RUN into OUTPUT, which must not hold weights."""
     torch.set_num_threads(threads)
     recipe = read_recipe(recipe_file)
     run = work / run_name
     state = checkpoints.read(run / checkpoints.CHECKPOINT)
     write_model(recipe, state, work / "tokenizer", output)
+    if held_out is not None:
+        write_held_out(work, held_out)
     model = new_model(recipe)
     # What is measured is what was written, after rounding to bfloat16.
     fill(model, load_file(output / "model.safetensors"))

@@ -14,6 +14,9 @@ from training.evaluate import documents, model_score, mtp_score, windows
 from training.language_model import LanguageModel, initialise
 from training.train import prepare, run_stage
 
+from mortise.evaluation.ngrams import Ngrams
+from mortise.evaluation.texts import NGRAMS_FILE, TEXT_FILE, read_documents
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,7 +45,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(work: Path) -> Path:
     output = work / "model"
     (work / "recipe.toml").write_text(tiny.as_toml())
+    (work / "corpus" / "held_out.jsonl").write_text('{"path": "Lib/a.py", "text": "x = 1"}\n')
     arguments = [str(work), str(output), "--recipe", str(work / "recipe.toml")]
+    arguments += ["--held-out", str(work / "held-out")]
     result = CliRunner().invoke(export.main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return output
@@ -59,6 +64,12 @@ def test_every_file_is_there(exported: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_the_held_out_part_is_what_the_command_reads(work: Path, exported: Path) -> None:
+    documents = read_documents(work / "held-out" / TEXT_FILE)
+    assert [(document.name, document.text) for document in documents] == [("Lib/a.py", "x = 1")]
+    assert Ngrams.load(work / "held-out" / NGRAMS_FILE).vocab_size == 64
 
 
 def test_names_and_dtypes_are_the_hubs(exported: Path) -> None:
