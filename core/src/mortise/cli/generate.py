@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
     from mortise.engine.llm import LLM
     from mortise.engine.prompts import Prompt
 
+
+SAMPLING_OPTIONS: Final = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "stop",
+    "ignore_eos",
+    "logprobs",
+)
+"""Options that are fields of ``SamplingParams``, by the same name."""
 
 EXAMPLES = """\b
 Examples:
@@ -37,26 +50,14 @@ Examples:
     "--max-tokens", type=int, help="Tokens to generate.  [default: 128, or what the context leaves]"
 )
 @click.option(
-    "--temperature",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Spread of the choice; 0 takes the most likely token.",
+    "--temperature", type=float, help="Spread of the choice; 0 takes the most likely token."
 )
 @click.option(
     "--top-p",
     type=float,
-    default=1.0,
-    show_default=True,
     help="Choose among the likeliest tokens that together reach this probability.",
 )
-@click.option(
-    "--top-k",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Choose among this many likeliest tokens; 0 is all.",
-)
+@click.option("--top-k", type=int, help="Choose among this many likeliest tokens; 0 is all.")
 @click.option("--seed", type=int, help="Repeat the random choices of a run.  [default: a new one]")
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given repeatedly."
@@ -72,27 +73,23 @@ def generate(prompt: str | None, as_json: bool, **options: Any) -> None:
 
     The text appears on standard output as it is generated, after its prompt; timings follow on
     standard error. Several prompts run together and are printed in their order.
+
+    Where --temperature, --top-p and --top-k are not given, tokens are chosen as the model's
+    generation_config.json recommends, and greedily if it recommends nothing.
     """
     from mortise.cli.completion_stream import show_stream, show_timings
     from mortise.cli.prompts import read_prompts
     from mortise.cli.session import load_llm
     from mortise.engine.sampling_params import SamplingParams
 
-    sampling = SamplingParams(
-        max_tokens=options["max_tokens"],
-        temperature=options["temperature"],
-        top_p=options["top_p"],
-        top_k=options["top_k"],
-        seed=options["seed"],
-        stop=options["stop"],
-        ignore_eos=options["ignore_eos"],
-        logprobs=options["logprobs"],
-    )
+    asked = {name: options[name] for name in SAMPLING_OPTIONS if options[name] is not None}
+    SamplingParams(**asked)  # a wrong value is refused before anything is loaded
     if options["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs shows nothing without --json")
     resolved = resolve_options(options)
     given = read_prompts(prompt, options["prompts"], options["prompts_file"])
     llm = load_llm(resolved)
+    sampling = replace(llm.default_sampling, **asked)
     if options["chat"]:
         generation = llm.stream([_chat_prompt(llm, message) for message in given], sampling)
     else:

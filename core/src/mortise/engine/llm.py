@@ -90,6 +90,11 @@ class LLM:
         return self._loaded.decisions
 
     @property
+    def default_sampling(self) -> SamplingParams:
+        """What the model's ``generation_config.json`` recommends; greedy where it does not say."""
+        return self._loaded.default_sampling
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Text to tokens and back.
 
@@ -103,7 +108,7 @@ class LLM:
 
         Args:
             prompts: a text, the tokens of one, or a list of texts or of lists of tokens.
-            sampling: for all of them, or one for each; None is greedy, 128 tokens at most.
+            sampling: for all of them, or one for each; None is :attr:`default_sampling`.
 
         Returns:
             One completion a prompt, in the order of the prompts.
@@ -120,7 +125,9 @@ class LLM:
         Leaving the loop early and dropping the generation gives up what is not finished.
         """
         found = prompts_of(prompts, self._tokenizer)
-        return Generation(self._delivery, found, sampling_of(sampling, len(found)))
+        return Generation(
+            self._delivery, found, sampling_of(sampling or self.default_sampling, len(found))
+        )
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         """A conversation as the model was trained on it, ready for :meth:`generate`.

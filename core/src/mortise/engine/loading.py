@@ -13,6 +13,7 @@ from torch import nn
 from mortise.backends import Decision, load_backend
 from mortise.checkpoint import CheckpointTensors, ModelDirectory, load_weights
 from mortise.engine.compute_dtype import decide_dtype
+from mortise.engine.default_sampling import default_sampling
 from mortise.engine.materialise import materialise
 from mortise.engine.memory import memory_for, size_text
 from mortise.errors import BackendUnusableError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mortise.backends import BoundBackend
     from mortise.checkpoint import LoadReport
     from mortise.config import ResolvedConfig
+    from mortise.engine.sampling_params import SamplingParams
     from mortise.models.family import CachePool, CausalLM, ModelFacts
     from mortise.spec.dispatch import DispatchDecision
 
@@ -46,6 +48,7 @@ class LoadedModel:
         pool: its empty cache.
         bound: the backend that answers its hooks.
         dtype: of parameters and hidden state.
+        default_sampling: how the model wants its tokens chosen when the user says nothing.
         decisions: in the order in which they were taken.
         seconds: wall time from opening the directory.
     """
@@ -56,6 +59,7 @@ class LoadedModel:
     pool: CachePool
     bound: BoundBackend
     dtype: torch.dtype
+    default_sampling: SamplingParams
     decisions: tuple[Decision, ...]
     seconds: float
 
@@ -77,6 +81,7 @@ def load_model(resolved: ResolvedConfig, progress: LoadProgress | None = None) -
     directory = ModelDirectory.open(resolved.config.model)
     family = family_of(directory.config)
     facts = family.facts(directory.config)
+    sampling = default_sampling(directory.generation_config)
     tensors = CheckpointTensors(directory.weight_files())
     bound = bind_backend(resolved)
     ops = bound.ops
@@ -104,12 +109,14 @@ def load_model(resolved: ResolvedConfig, progress: LoadProgress | None = None) -
         pool=pool,
         bound=bound,
         dtype=dtype,
+        default_sampling=sampling,
         decisions=(
             _model_decision(directory, facts),
             *bound.decisions,
             dtype_decision,
             *_skip_decisions(report),
             *_dispatch_decisions(dispatch, resolved),
+            _sampling_decision(directory, sampling),
             _cache_decision(pool, resolved),
         ),
         seconds=time.perf_counter() - started,
@@ -213,6 +220,20 @@ def _dispatch_decisions(
             reason=decision.reason,
             source=resolved.origins["dispatch.dtype"] if decision.rule == "override" else "",
         )
+
+
+def _sampling_decision(directory: ModelDirectory, sampling: SamplingParams) -> Decision:
+    filters = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}"
+    return Decision(
+        role=ModelRole.MAIN,
+        subject="sampling",
+        value="greedy" if sampling.is_greedy else f"{filters}, top_k {sampling.top_k}",
+        rule="default" if sampling.is_greedy else "checkpoint",
+        reason="generation_config.json does not ask for sampling"
+        if sampling.is_greedy
+        else "generation_config.json recommends it; a request can ask otherwise",
+        source=str(directory.path),
+    )
 
 
 def _cache_decision(pool: CachePool, resolved: ResolvedConfig) -> Decision:

@@ -35,15 +35,13 @@ def prompts_of(prompts: object, tokenizer: Tokenizer | None) -> list[Prompt]:
 
 
 def sampling_of(
-    sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
+    sampling: SamplingParams | Sequence[SamplingParams], count: int
 ) -> list[SamplingParams]:
     """One for each of ``count`` prompts.
 
     Raises:
         RequestError: there are more or fewer.
     """
-    if sampling is None:
-        sampling = SamplingParams()
     if isinstance(sampling, SamplingParams):
         return [sampling] * count
     if len(sampling) != count:

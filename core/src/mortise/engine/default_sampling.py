@@ -1,0 +1,35 @@
+"""How a model wants its tokens chosen when the user says nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from mortise.engine.sampling_params import SamplingParams
+from mortise.errors import ModelConfigError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+READ_FIELDS: Final = ("temperature", "top_p", "top_k")
+
+
+def default_sampling(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """What ``generation_config.json`` recommends: with ``do_sample``, its filters; else greedy.
+
+    A filter it does not mention stays off; with ``do_sample`` and no temperature, that is 1.
+
+    Raises:
+        ModelConfigError: a value of it is of the wrong type or out of range.
+    """
+    if not generation_config.get("do_sample"):
+        return SamplingParams()
+    found = {name: generation_config.get(name) for name in READ_FIELDS}
+    given = {name: value for name, value in found.items() if value is not None}
+    try:
+        return SamplingParams(**{"temperature": 1.0, **given})
+    except RequestError as error:
+        raise ModelConfigError(
+            f"generation_config.json: {error.what}",
+            expected=error.expected,
+            remedy="correct the file, or take it from the published model",
+        ) from None
