@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import assert_never, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,15 @@ def quantized_moe_apply(
 ) -> torch.Tensor:
     """Run each expert on its group of rows, one after the other."""
     _check_consumable(tokens, experts)
-    if tokens.format.row_layout is RowLayout.MASKED:
-        return _apply_masked(tokens, experts, out_dtype)
-    return _apply_grouped(tokens, experts, out_dtype)
+    match tokens.format.row_layout:
+        case RowLayout.GROUPED:
+            return _apply_grouped(tokens, experts, out_dtype, alignment=1)
+        case RowLayout.GROUPED_ALIGNED:
+            return _apply_grouped(tokens, experts, out_dtype, tokens.format.alignment)
+        case RowLayout.MASKED:
+            return _apply_masked(tokens, experts, out_dtype)
+        case _:
+            assert_never(tokens.format.row_layout)
 
 
 def _check_consumable(tokens: DispatchedTokens, experts: ExpertWeights) -> None:
@@ -56,17 +62,27 @@ def _counts(tokens: DispatchedTokens) -> tuple[int, ...]:
 
 
 def _apply_grouped(
-    tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype
+    tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype, alignment: int
 ) -> torch.Tensor:
     rows, outputs, start = tokens.rows, [], 0
     for expert, count in enumerate(_counts(tokens)):
         if count:
             outputs.append(_expert(rows[start : start + count], experts, expert, out_dtype))
             start += count
+            padding = -count % alignment
+            if padding:
+                outputs.append(_undefined(padding, tokens, experts, out_dtype))
+                start += padding
     if start < rows.shape[0] or not outputs:
-        # Rows past the last group stay undefined.
-        outputs.append(rows.new_empty(rows.shape[0] - start, experts.hidden_size, dtype=out_dtype))
+        outputs.append(_undefined(rows.shape[0] - start, tokens, experts, out_dtype))
     return torch.cat(outputs)
+
+
+def _undefined(
+    count: int, tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of no group: padding, and what comes after the last group."""
+    return tokens.rows.new_empty(count, experts.hidden_size, dtype=out_dtype)
 
 
 def _apply_masked(

@@ -47,7 +47,10 @@ class RowLayout(StrEnum):
     GROUPED = "grouped"
     """Rows sorted by local expert, ``[R, H]``, with a group list."""
     GROUPED_ALIGNED = "grouped_aligned"
-    """As ``GROUPED``, each group padded to a multiple of the kernel's alignment."""
+    """As ``GROUPED``, each group padded to a multiple of the kernel's alignment.
+
+    Padding is undefined, and the group list counts rows without it.
+    """
     MASKED = "masked"
     """``[E_l, capacity, H]`` with a count of valid rows per expert."""
 
