@@ -37,3 +37,11 @@ def test_all_runs_every_verb_that_judges() -> None:
         set(re.findall(r"\{\[testenv:(\w+)\]commands\}", tox["testenv:all"]["commands"])) == judging
     )
     assert all(f"testenv:{verb}" in tox for verb in judging)
+
+
+def test_every_verb_is_described_to_contributors() -> None:
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(REPOSITORY / "tox.ini", encoding="utf-8")
+    verbs = {name.removeprefix("testenv:") for name in tox.sections() if "testenv:" in name}
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w-]+)` \|", text, flags=re.MULTILINE)) == verbs - {"all"}
