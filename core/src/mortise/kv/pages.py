@@ -18,6 +18,7 @@ class PageAllocator:
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
+        self._held: set[int] = set()
 
     @property
     def num_free(self) -> int:
@@ -30,6 +31,7 @@ class PageAllocator:
         Raises:
             CapacityError: fewer are free.
         """
+        assert count >= 0
         if count > len(self._free):
             raise CapacityError(
                 f"{count} cache pages wanted, {len(self._free)} of {self.num_pages} free",
@@ -37,12 +39,16 @@ class PageAllocator:
             )
         taken = self._free[len(self._free) - count :]
         del self._free[len(self._free) - count :]
+        self._held.update(taken)
         return taken[::-1]
 
     def release(self, pages: list[int]) -> None:
-        """Give pages back."""
+        """Give pages back; all of them are held, and none is named twice."""
+        returned = set(pages)
+        assert len(returned) == len(pages), "a page is given back twice"
+        assert returned <= self._held, "a page is given back that nobody holds"
+        self._held -= returned
         self._free.extend(reversed(pages))
-        assert len(self._free) <= self.num_pages, "a page was given back twice"
 
     def check_integrity(self, held: list[list[int]]) -> None:
         """Assert that every page is free or held by exactly one of ``held``."""
