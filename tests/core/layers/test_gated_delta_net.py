@@ -1,0 +1,223 @@
+"""The gated delta net gives what transformers gives, however a sequence is cut into calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tests.fixtures.paged_models import reference_ops
+
+from mortise.layers.gated_delta_net import GatedDeltaNet, GatedDeltaState
+from mortise.spec.qkv import QKVLayout, QKVParts, QKVShape
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+HIDDEN = 32
+WIDTH = 4
+EPS = 1e-6
+TOLERANCE = 1e-4
+LENGTHS = (1, 7, 65)
+HEADS: dict[str, tuple[int, int, int, int]] = {
+    "one head": (1, 1, 8, 8),
+    "as many value heads as key heads": (3, 3, 8, 16),
+    "twice as many": (2, 4, 16, 8),
+    "four times as many": (2, 8, 8, 12),
+    "four value heads of one key head": (1, 4, 12, 8),
+}
+LAYERS = [(layout, heads) for layout in QKVLayout for heads in HEADS]
+
+
+def shape_of(layout: QKVLayout, heads: str) -> QKVShape:
+    num_key_heads, num_value_heads, key_head_dim, value_head_dim = HEADS[heads]
+    return QKVShape(
+        num_key_heads=num_key_heads,
+        num_value_heads=num_value_heads,
+        key_head_dim=key_head_dim,
+        value_head_dim=value_head_dim,
+        layout=layout,
+    )
+
+
+def their_layer(shape: QKVShape) -> nn.Module:
+    """The layer of transformers for this layout, every weight random."""
+    fields: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 1,
+        "layer_types": ["linear_attention"],
+        "linear_num_key_heads": shape.num_key_heads,
+        "linear_num_value_heads": shape.num_value_heads,
+        "linear_key_head_dim": shape.key_head_dim,
+        "linear_value_head_dim": shape.value_head_dim,
+        "linear_conv_kernel_dim": WIDTH,
+        "rms_norm_eps": EPS,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = construct_theirs(shape.layout, fields).eval()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            # A memory that lasts: where all is forgotten, the norm divides rounding by next to 0.
+            layer.A_log.uniform_(-4.0, -1.0)
+            layer.dt_bias.normal_(0.0, 0.5)
+    return layer
+
+
+def construct_theirs(layout: QKVLayout, fields: dict[str, Any]) -> nn.Module:
+    if layout is QKVLayout.INTERLEAVED:
+        from transformers.models.qwen3_next import modeling_qwen3_next as next_model
+
+        return next_model.Qwen3NextGatedDeltaNet(next_model.Qwen3NextConfig(**fields), layer_idx=0)
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as model
+
+    return model.Qwen3_5GatedDeltaNet(model.Qwen3_5TextConfig(**fields), layer_idx=0)
+
+
+def fused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Qwen3.5 stores the projections apart; Qwen3-Next stores them as the layer has them."""
+    if "in_proj_qkv.weight" not in weights:
+        return weights
+    pairs = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
+    apart = {f"{name}.weight" for names in pairs.values() for name in names}
+    together = {
+        f"{whole}.weight": torch.cat([weights[f"{name}.weight"] for name in names])
+        for whole, names in pairs.items()
+    }
+    return {name: weight for name, weight in weights.items() if name not in apart} | together
+
+
+def layer_of(shape: QKVShape, weights: dict[str, torch.Tensor]) -> GatedDeltaNet:
+    layer = GatedDeltaNet(
+        hidden_size=HIDDEN,
+        shape=shape,
+        conv_kernel_size=WIDTH,
+        rms_norm_eps=EPS,
+        ops=reference_ops(),
+    )
+    layer.load_state_dict(fused(weights), strict=True)
+    return layer.eval()
+
+
+def hidden_of(tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    return float((got - expected).abs().max()) if got.numel() else 0.0
+
+
+def in_chunks(
+    layer: GatedDeltaNet, hidden: torch.Tensor, chunks: Sequence[int]
+) -> tuple[torch.Tensor, GatedDeltaState]:
+    outputs, state = [], layer.new_state()
+    for chunk in hidden.split(list(chunks)):
+        output, state = layer(chunk, state)
+        outputs.append(output)
+    return torch.cat(outputs), state
+
+
+@pytest.fixture(params=QKVLayout)
+def layer(request: pytest.FixtureRequest) -> GatedDeltaNet:
+    shape = shape_of(request.param, "twice as many")
+    return layer_of(shape, their_layer(shape).state_dict())
+
+
+@pytest.mark.parametrize(("layout", "heads"), LAYERS)
+@torch.inference_mode()
+def test_transformers_gives_the_same(layout: QKVLayout, heads: str) -> None:
+    shape = shape_of(layout, heads)
+    theirs = their_layer(shape)
+    ours = layer_of(shape, theirs.state_dict())
+    for tokens in LENGTHS:
+        hidden = hidden_of(tokens)
+        expected = theirs(hidden.unsqueeze(0))[0]
+        output, _ = ours(hidden, ours.new_state())
+        assert expected.abs().max() > 100 * TOLERANCE, "too small to differ"
+        assert difference(output, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("layout", "heads"), LAYERS)
+@torch.inference_mode()
+def test_a_late_token_remembers_the_first(layout: QKVLayout, heads: str) -> None:
+    """Past the width of the convolution only the recurrent state can tell."""
+    shape = shape_of(layout, heads)
+    layer = layer_of(shape, their_layer(shape).state_dict())
+    hidden, other = hidden_of(8), hidden_of(8)
+    other[0] = hidden_of(1, seed=1)
+    output, _ = layer(hidden, layer.new_state())
+    changed, _ = layer(other, layer.new_state())
+    assert difference(changed[-1], output[-1]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "chunks", [[64, 1], [1, 64], [2, 3, 60], [0, 30, 0, 35], [1] * 65], ids=str
+)
+@torch.inference_mode()
+def test_chunks_give_what_the_whole_gives(layer: GatedDeltaNet, chunks: list[int]) -> None:
+    hidden = hidden_of(65)
+    expected, expected_state = layer(hidden, layer.new_state())
+    output, state = in_chunks(layer, hidden, chunks)
+    assert difference(output, expected) < 1e-5
+    assert difference(state.conv, expected_state.conv) < 1e-5
+    assert difference(state.recurrent, expected_state.recurrent) < 1e-5
+
+
+@torch.inference_mode()
+def test_no_token_changes_nothing(layer: GatedDeltaNet) -> None:
+    _, before = layer(hidden_of(5), layer.new_state())
+    output, after = layer(hidden_of(0), before)
+    assert output.shape == (0, HIDDEN)
+    assert torch.equal(after.conv, before.conv)
+    assert torch.equal(after.recurrent, before.recurrent)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+@torch.inference_mode()
+def test_the_state_that_came_in_stays_as_it_was(layer: GatedDeltaNet, tokens: int) -> None:
+    _, state = layer(hidden_of(5), layer.new_state())
+    kept = GatedDeltaState(conv=state.conv.clone(), recurrent=state.recurrent.clone())
+    first, _ = layer(hidden_of(tokens, seed=1), state)
+    assert torch.equal(state.conv, kept.conv)
+    assert torch.equal(state.recurrent, kept.recurrent)
+    assert torch.equal(layer(hidden_of(tokens, seed=1), state)[0], first)
+
+
+@torch.inference_mode()
+def test_the_convolution_keeps_no_more_than_it_needs(layer: GatedDeltaNet) -> None:
+    _, state = layer(hidden_of(65), layer.new_state())
+    assert state.conv.untyped_storage().nbytes() == state.conv.nbytes
+
+
+@torch.inference_mode()
+def test_the_memory_is_float32_in_a_bfloat16_model(layer: GatedDeltaNet) -> None:
+    hidden = hidden_of(7)
+    expected, _ = layer(hidden, layer.new_state())
+    layer.bfloat16()
+    output, state = layer(hidden.bfloat16(), layer.new_state())
+    assert output.dtype == state.conv.dtype == torch.bfloat16
+    assert state.recurrent.dtype == torch.float32
+    # Eight bits of mantissa through two projections.
+    assert difference(output.float(), expected) < 0.05 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+@torch.inference_mode()
+def test_one_call_of_the_hook_per_pass(layer: GatedDeltaNet, tokens: int) -> None:
+    calls: list[tuple[torch.Size, torch.Size, QKVShape]] = []
+    ops = layer.ops
+
+    def recorded(qkvz: torch.Tensor, ba: torch.Tensor, shape: QKVShape, /) -> QKVParts:
+        calls.append((qkvz.shape, ba.shape, shape))
+        return ops.qkv_split(qkvz, ba, shape)
+
+    layer.ops = replace(ops, qkv_split=recorded)
+    layer(hidden_of(tokens), layer.new_state())
+    # Two key heads of 16, four value heads of 8.
+    assert calls == [((tokens, 2 * 2 * 16 + 2 * 4 * 8), (tokens, 2 * 4), layer.shape)]
