@@ -1,4 +1,4 @@
-"""The multi-token prediction layer computes what transformers' does, from the hub's tensor names."""
+"""The multi-token prediction layer computes what transformers' does, under the hub's names."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class DeepseekV32Config(BaseModel):
     num_hidden_layers: PositiveInt
     num_nextn_predict_layers: int = Field(default=0, ge=0)
     max_position_embeddings: PositiveInt
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = Field(default=1e-6, ge=0)
     tie_word_embeddings: bool = False
     eos_token_id: int | tuple[int, ...] | None = None
     torch_dtype: str | None = None
@@ -57,7 +57,7 @@ class DeepseekV32Config(BaseModel):
     v_head_dim: PositiveInt
     attention_bias: bool = False
     rope_interleave: bool = True
-    rope_theta: float = 10000.0
+    rope_theta: float = Field(default=10000.0, gt=0)
     yarn: YarnScaling | None = None
 
     index_n_heads: PositiveInt | None = None
@@ -107,6 +107,8 @@ class DeepseekV32Config(BaseModel):
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than the {choosable} "
                 "experts in topk_group groups"
             )
+        if self.yarn and min(self.yarn.factor, self.yarn.original_max_position_embeddings) <= 0:
+            raise ValueError("factor and original_max_position_embeddings of YaRN must be positive")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd")
         if self.model_type == "deepseek_v32":
@@ -163,11 +165,14 @@ def _num_dense_layers(raw: Mapping[str, object]) -> object:
     kinds = raw.get("mlp_layer_types")
     if not isinstance(kinds, list):
         return raw.get("first_k_dense_replace", 0)
-    num_dense = sum(kind == "dense" for kind in kinds)
-    if kinds != ["dense"] * num_dense + ["sparse"] * (len(kinds) - num_dense):
+    num_dense, num_layers = sum(kind == "dense" for kind in kinds), raw.get("num_hidden_layers")
+    if (
+        kinds != ["dense"] * num_dense + ["sparse"] * (len(kinds) - num_dense)
+        or len(kinds) != num_layers
+    ):
         raise ModelConfigError(
             f"mlp_layer_types {kinds}",
-            expected='"dense" layers first, then "sparse" ones',
+            expected=f'{num_layers} layers, "dense" ones first, then "sparse" ones',
         )
     return num_dense
 
@@ -185,8 +190,11 @@ def _rope_fields(raw: Mapping[str, object]) -> dict[str, object]:
         raise ModelConfigError(f"rope_scaling type {kind!r}", expected='"default" or "yarn"')
     names = YarnScaling.__dataclass_fields__
     yarn = {name: value for name, value in scaling.items() if name in names and value is not None}
-    original = yarn.get("original_max_position_embeddings")
-    if "factor" not in yarn and original:
+    original, whole = (
+        yarn.get("original_max_position_embeddings"),
+        raw.get("max_position_embeddings"),
+    )
+    if "factor" not in yarn and isinstance(original, int) and isinstance(whole, int) and original:
         # Leaving the factor to the ratio of the two lengths is how some checkpoints say it.
-        yarn["factor"] = float(str(raw.get("max_position_embeddings"))) / original
+        yarn["factor"] = whole / original
     return {"rope_theta": theta, "yarn": yarn}
