@@ -178,3 +178,17 @@ def test_sparsity_bites(name: str) -> None:
     difference = (their_logits(name) - dense_logits).abs().amax(dim=1)
     assert difference[:topk].max() < TOLERANCE
     assert difference[topk:].max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["v32", "v3"])
+def test_bfloat16_loses_no_more_than_transformers_bfloat16(name: str, root: Path) -> None:
+    """Tokens cannot be compared there: any order of summation gives others."""
+    config = EngineConfig(
+        model=str(saved(name, root)), dtype="bfloat16", cache={"max_num_tokens": 128}
+    )
+    tokens = tokens_of(NUM_TOKENS)
+    rounded = tiny_transformers_model(**CONFIGURATIONS[name]).to(torch.bfloat16)
+    with torch.inference_mode():
+        their_loss = rounded(tokens.unsqueeze(0)).logits[0].float() - their_logits(name)
+    our_loss = LLM(config).logits(tokens.tolist()) - their_logits(name)
+    assert 0 < our_loss.abs().mean() < 1.3 * their_loss.abs().mean()
