@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from mortise.evaluation.ngrams import Ngrams
+from mortise.evaluation.score import Score
 from training.attention import DenseAttention, IndexedAttention, RecentAttention
-from training.baselines import Ngrams, Score, bigram_score, score, unigram_score
+from training.baselines import documents, scores
 from training.data import TokenIds, load_tokens
-from training.tokenizer import BOS_ID
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,10 +45,14 @@ class MTPScore:
     agreement: float
 
 
-def documents(tokens_N: TokenIds) -> list[TokenIds]:
-    """Split a stream into its documents, each `bos text eos`."""
-    starts = np.flatnonzero(tokens_N == BOS_ID)
-    return np.split(tokens_N, starts[1:])
+def measures(score: Score) -> dict[str, float]:
+    """Return what the model card tells of a score."""
+    return {
+        "predicted_tokens": score.predicted_tokens,
+        "nats_per_token": score.nats_per_token,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+    }
 
 
 def windows(tokens_N: TokenIds, length: int) -> Iterator[Tensor]:
@@ -67,11 +72,12 @@ def model_score(
     attend: Callable[[], TrainingAttention],
 ) -> Score:
     """Return the score of the main model on a stream, with one kind of attention."""
-    log_probabilities = []
+    nats, predicted = 0.0, 0
     for window_T in windows(tokens_N, length):
         logs_TV = model.main.logits(hidden_states(model, window_T, attend())).log_softmax(dim=-1)
-        log_probabilities.append(logs_TV.gather(1, window_T[1:, None]).squeeze(1))
-    return score(torch.cat(log_probabilities).double().numpy(), text_bytes)
+        nats -= float(logs_TV.gather(1, window_T[1:, None]).double().sum())
+        predicted += len(window_T) - 1
+    return Score(nats, predicted, text_bytes)
 
 
 def hidden_states(model: LanguageModel, window_T: Tensor, attend: TrainingAttention) -> Tensor:
@@ -130,14 +136,11 @@ def evaluate(
         "all": lambda: DenseAttention(1),
         "recent": lambda: RecentAttention(topk),
     }
-    counts = Ngrams.load(ngrams)
-    results: dict[str, object] = {
-        "unigram": asdict(unigram_score(counts, tokens_N, text_bytes)),
-        "bigram": asdict(bigram_score(counts, tokens_N, text_bytes)),
-        "mtp": asdict(mtp_score(model, tokens_N, lengths[0], topk)),
-    }
+    baselines = scores(Ngrams.load(ngrams), tokens_N, text_bytes)
+    results: dict[str, object] = {name: measures(found) for name, found in baselines.items()}
+    results["mtp"] = asdict(mtp_score(model, tokens_N, lengths[0], topk))
     for length in lengths:
         for kind, attend in kinds.items():
             measured = model_score(model, tokens_N, text_bytes, length, attend)
-            results[f"{kind} keys, {length} tokens"] = asdict(measured)
+            results[f"{kind} keys, {length} tokens"] = measures(measured)
     return results

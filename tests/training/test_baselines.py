@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training.baselines import Ngrams, bigram_score, count, unigram_score
+from training.baselines import count, save, scores
+
+from mortise.evaluation.ngrams import Ngrams
 
 VOCAB_SIZE = 12
 
@@ -44,7 +46,7 @@ def naive_bigram_nats(train: list[int], test: list[int]) -> float:
 def test_the_bigram_score_agrees_with_a_naive_computation() -> None:
     train = stream(1, documents=6)
     test = np.concatenate([stream(2, documents=5), [0, 10, 11, 3, 1]]).astype(np.uint16)
-    score = bigram_score(count(train, VOCAB_SIZE), test, text_bytes=100)
+    score = scores(count(train, VOCAB_SIZE), test, text_bytes=100)["bigram"]
     assert score.nats_per_token == pytest.approx(naive_bigram_nats(train.tolist(), test.tolist()))
     assert score.perplexity == pytest.approx(math.exp(score.nats_per_token))
     nats = score.nats_per_token * score.predicted_tokens
@@ -60,15 +62,14 @@ def test_the_unigram_score_agrees_with_a_naive_computation() -> None:
         for token in test.tolist()
         if token != 0
     ]
-    score = unigram_score(count(train, VOCAB_SIZE), test, text_bytes=100)
+    score = scores(count(train, VOCAB_SIZE), test, text_bytes=100)["unigram"]
     assert score.predicted_tokens == len(nats)
     assert score.nats_per_token == pytest.approx(sum(nats) / len(nats))
 
 
 def test_counts_survive_the_file(tmp_path: Path) -> None:
     ngrams = count(stream(1, documents=6), VOCAB_SIZE)
-    ngrams.save(tmp_path / "ngrams.safetensors")
+    save(ngrams, tmp_path / "ngrams.safetensors")
     loaded = Ngrams.load(tmp_path / "ngrams.safetensors")
     test = stream(2, documents=5)
-    assert bigram_score(loaded, test, 1) == bigram_score(ngrams, test, 1)
-    assert loaded.columns_P.dtype == np.uint16
+    assert scores(loaded, test, 1) == scores(ngrams, test, 1)

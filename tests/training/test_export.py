@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tests.training import tiny
 from training import baselines, export, tokenizer
 from training.attention import DenseAttention, IndexedAttention
-from training.baselines import count
+from training.baselines import count, save
 from training.data import load_tokens
 from training.evaluate import documents, model_score, mtp_score, windows
 from training.language_model import LanguageModel, initialise
@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "data" / "data.json").write_text(json.dumps(parts))
     shares = {"bytes": 10, "library_bytes": 5, "documentation_bytes": 4, "test_bytes": 1}
     (work / "corpus" / "corpus.json").write_text(json.dumps({"train": shares}))
-    count(load_tokens(work / "data" / "train.bin"), 64).save(work / "baselines/ngrams.safetensors")
+    save(count(load_tokens(work / "data" / "train.bin"), 64), work / "baselines/ngrams.safetensors")
     tokenizer.save(tokenizer.train(["def f(): pass"], 260), work / "tokenizer", 64)
     for _ in tiny.recipe().stages:
         run = prepare(tiny.recipe(), work / "data", work / "run")
