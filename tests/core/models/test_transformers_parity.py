@@ -48,7 +48,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "v32, four index heads": {"index_n_heads": 4},
     "v32, one index head, wide": {"index_n_heads": 1, "index_head_dim": 64, "index_topk": 12},
     "v3": {"model_type": "deepseek_v3"},
-    "v3, no latent query": {"model_type": "deepseek_v3", "q_lora_rank": None},
+    "v3, no latent query, values wider than keys": {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": None,
+        "v_head_dim": 56,
+    },
     "v3, yarn, all layers of experts": {
         "model_type": "deepseek_v3",
         "rope_parameters": YARN | {"mscale_all_dim": 0.5},

@@ -236,13 +236,9 @@ class PagedAttention:
             keys_NCD, values_NCV = attention.expand(latent_CL)
             chosen = None if chosen_TK is None else chosen_TK[tokens]
             mask_QC = _visible_mask(self.visible_T[tokens], context, chosen)
-            output_TNV[tokens] = F.scaled_dot_product_attention(
-                query_TND[tokens].transpose(0, 1),
-                keys_NCD,
-                values_NCV,
-                attn_mask=mask_QC,
-                scale=attention.shape.softmax_scale,
-            ).transpose(0, 1)
+            output_TNV[tokens] = _attended(
+                query_TND[tokens], keys_NCD, values_NCV, mask_QC, attention.shape.softmax_scale
+            )
         return output_TNV
 
     def _absorbed(
@@ -266,6 +262,27 @@ class PagedAttention:
 
 def _write(pages_PSD: torch.Tensor, slots_T: torch.Tensor, rows_TD: torch.Tensor) -> None:
     pages_PSD.view(-1, rows_TD.shape[-1]).index_copy_(0, slots_T, rows_TD.to(pages_PSD.dtype))
+
+
+def _attended(
+    query_QND: torch.Tensor,
+    keys_NCD: torch.Tensor,
+    values_NCV: torch.Tensor,
+    mask_QC: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Values attended to, ``[Q, N, V]``."""
+    # Torch's fused kernels want values as wide as keys; the others keep all weights in memory.
+    missing = max(keys_NCD.shape[-1] - values_NCV.shape[-1], 0)
+    widened_NCD = F.pad(values_NCV, (0, missing))
+    attended_BNQD = F.scaled_dot_product_attention(
+        query_QND.transpose(0, 1).unsqueeze(0),
+        keys_NCD.unsqueeze(0),
+        widened_NCD.unsqueeze(0),
+        attn_mask=mask_QC,
+        scale=scale,
+    )
+    return attended_BNQD[0, :, :, : values_NCV.shape[-1]].transpose(0, 1)
 
 
 def _visible_mask(

@@ -74,7 +74,8 @@ def paged_mqa_logits(
     rows, next_n, heads, dim = query.shape
     if rows == 0:
         return weights.new_empty(0, num_pages * metadata.block_size)
-    query_RSD = query.reshape(rows, next_n * heads, dim).float()
+    # Contiguous: only then does one matrix product serve all rows of shared keys.
+    query_RSD = query.reshape(rows, next_n * heads, dim).float().contiguous()
     weights_RSN = weights.view(rows, next_n, heads)
     runs = _runs(table)
     if len(runs) == rows:
