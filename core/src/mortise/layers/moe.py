@@ -96,7 +96,7 @@ class MoELayer(nn.Module):
 
         Raises:
             BackendUnusableError: the backend says that it cannot serve this layer.
-            ContractError: the decided format is one the experts cannot consume.
+            ConfigError: the user asked for a format that the experts cannot consume.
         """
         weights = self.experts.record(self.name)
         self._require_support(weights)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import torch
 
-from mortise.errors import ContractError
+from mortise.errors import BackendUnusableError, ConfigError
 from mortise.spec.dispatch import (
     DecisionRule,
     DispatchDecision,
@@ -37,11 +37,16 @@ def resolve_dispatch_dtype(request: DispatchRequest) -> DispatchDecision:
     """Keep to the order of authority; by default rows travel in the compute dtype, unquantised."""
     dtype, rule, reason = _decide(request)
     if dtype not in request.accepted:
-        raise ContractError(
-            f"layer {request.layer}: its experts cannot consume {dtype.value} rows ({reason})",
+        what = f"layer {request.layer}: its experts cannot consume {dtype.value} rows ({reason})"
+        expected = f"one of {', '.join(accepted.value for accepted in request.accepted)}"
+        if rule is DecisionRule.OVERRIDE:
+            remedy = "remove the override or choose an accepted format"
+            raise ConfigError(what, expected=expected, remedy=remedy)
+        raise BackendUnusableError(
+            what,
             reason=ReasonCode.REQUEST_UNSUPPORTED,
-            expected=f"one of {', '.join(accepted.value for accepted in request.accepted)}",
-            remedy="remove the override or choose an accepted format",
+            expected=expected,
+            remedy="choose an accepted format, or a checkpoint whose experts accept this one",
         )
     return DispatchDecision(
         format=DispatchFormat(dtype=dtype, mode=request.mode), rule=rule, reason=reason
