@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 REPOSITORY: Final = Path(__file__).parents[2]
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json")
+RECOMMENDED_SAMPLING: Final = {"do_sample": True, "temperature": 0.9, "top_p": 0.9}
+"""A model this small repeats itself when the likeliest token is always taken."""
+
 KEPT_IN_FLOAT32: Final = "e_score_correction_bias"
 
 
@@ -67,9 +70,9 @@ def fill(model: LanguageModel, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def generation_config(recipe: Recipe) -> dict[str, Any]:
-    """Return the contents of generation_config.json: where a text begins and ends."""
+    """Return generation_config.json: where a text begins and ends, and how to sample between."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: recipe.model[name] for name in names}
+    return {**{name: recipe.model[name] for name in names}, **RECOMMENDED_SAMPLING}
 
 
 def write_licences(output: Path) -> None:
