@@ -12,7 +12,7 @@ from mortise.backends.candidate import Candidate, Stage, replace_row
 from mortise.backends.decisions import Decision
 from mortise.backends.discover import discover_backends, engine_version
 from mortise.backends.select import select_by_name
-from mortise.backends.validate import AUTO, REFERENCE
+from mortise.backends.validate import AUTO, CORE_DISTRIBUTION, REFERENCE
 from mortise.errors import BackendUnusableError
 from mortise.spec.capabilities import BindContext
 from mortise.spec.hooks import HOOKS
@@ -93,7 +93,7 @@ def load_backend(
     if options is None:
         options = (options_by_name or {}).get(selection.row.name, {})
     context = BindContext(
-        role=role, device=device, options=dict(options), engine_version=engine_version()
+        role=role, device=device, options=dict(options), engine_version=_engine_version(rows)
     )
     parts = bind(owner, selection.row, context)
     row = replace(selection.row, stage=Stage.BOUND)
@@ -120,6 +120,12 @@ def load_backend(
         row=row,
         candidates=replace_row(selection.candidates, selection.row, row),
     )
+
+
+def _engine_version(rows: Sequence[Candidate]) -> str:
+    """From the core's own row: reading the metadata again would cost as much as the binding."""
+    own = (row.version for row in rows if row.distribution == CORE_DISTRIBUTION)
+    return next(own, None) or engine_version()
 
 
 def _provider_decision(
