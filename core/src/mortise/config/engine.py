@@ -138,7 +138,8 @@ class EngineConfig(Section):
     )
     threads: PositiveInt | None = Field(
         default=None,
-        description="Threads of one operation on the processor; unset leaves torch's choice.",
+        description="Threads of one operation on the processor; unset is one for a small model,"
+        " else torch's choice.",
     )
     backend_options: BackendOptions = Field(
         default_factory=FrozenTable,

@@ -51,7 +51,7 @@ class Engine:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         )
-        self.runner = Runner(loaded.model, loaded.pool, loaded.device, config.threads)
+        self.runner = Runner(loaded.model, loaded.pool, loaded.device, loaded.threads)
         self._ids = count()
 
     @property

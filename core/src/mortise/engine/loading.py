@@ -16,6 +16,7 @@ from mortise.engine.compute_dtype import decide_dtype
 from mortise.engine.default_sampling import default_sampling
 from mortise.engine.materialise import materialise
 from mortise.engine.memory import memory_for, size_text
+from mortise.engine.threads import decide_threads
 from mortise.errors import BackendUnusableError
 from mortise.kv.pages import PAGE_SIZE
 from mortise.models.registry import family_of
@@ -48,6 +49,7 @@ class LoadedModel:
         pool: its empty cache.
         bound: the backend that answers its hooks.
         dtype: of parameters and hidden state.
+        threads: of one operation on the processor; None leaves torch's choice.
         default_sampling: how the model wants its tokens chosen when the user says nothing.
         decisions: in the order in which they were taken.
         seconds: wall time from opening the directory.
@@ -59,6 +61,7 @@ class LoadedModel:
     pool: CachePool
     bound: BoundBackend
     dtype: torch.dtype
+    threads: int | None
     default_sampling: SamplingParams
     decisions: tuple[Decision, ...]
     seconds: float
@@ -100,6 +103,11 @@ def load_model(resolved: ResolvedConfig, progress: LoadProgress | None = None) -
         progress=_counting(tensors, progress),
     )
     dispatch = model.finish_loading()
+    threads, threads_decision = decide_threads(
+        resolved.config.threads,
+        resolved.origins["threads"],
+        sum(parameter.nbytes for parameter in model.parameters()),
+    )
     num_pages = resolved.config.cache.capacity_pages
     pool = _new_pool(model, num_pages, dtype, device)
     return LoadedModel(
@@ -109,11 +117,13 @@ def load_model(resolved: ResolvedConfig, progress: LoadProgress | None = None) -
         pool=pool,
         bound=bound,
         dtype=dtype,
+        threads=threads,
         default_sampling=sampling,
         decisions=(
             _model_decision(directory, facts),
             *bound.decisions,
             dtype_decision,
+            threads_decision,
             *_skip_decisions(report),
             *_dispatch_decisions(dispatch, resolved),
             _sampling_decision(directory, sampling),
