@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 REPOSITORY: Final = Path(__file__).parents[2]
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json")
-RECOMMENDED_SAMPLING: Final = {"do_sample": True, "temperature": 0.9, "top_p": 0.9}
+RECOMMENDED_SAMPLING: Final = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 """A model this small repeats itself when the likeliest token is always taken."""
 
 KEPT_IN_FLOAT32: Final = "e_score_correction_bias"
