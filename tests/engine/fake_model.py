@@ -127,6 +127,7 @@ def fake_engine(
         model=model,
         pool=model.new_pool(num_pages, torch.float32, CPU),
         device=CPU,
+        threads=None,
         facts=ModelFacts(
             architecture="fake",
             vocab_size=VOCABULARY,
