@@ -11,7 +11,19 @@ import mortise.spec
 from mortise import plugin
 from mortise.spec import hooks
 
-RECORD_MODULES = ("capabilities", "dispatch", "experts", "paged_mqa", "qkv", "reasons", "roles")
+RECORD_MODULES = (
+    "authority",
+    "capabilities",
+    "consumer",
+    "dispatch",
+    "experts",
+    "methods",
+    "paged_mqa",
+    "qkv",
+    "reasons",
+    "roles",
+    "weights",
+)
 
 
 def test_all_is_sorted_and_there() -> None:

@@ -20,12 +20,12 @@ from mortise.plugin import (
     DispatchDtype,
     DispatchFormat,
     ExpertLayerRequest,
-    ExpertScheme,
     ExpertWeights,
-    GroupedWeight,
     ModelRole,
     Routing,
+    StoredWeight,
     TokenDispatcherRequest,
+    WeightScheme,
 )
 from mortise.testing.distributions import FakeDistribution
 
@@ -64,12 +64,12 @@ def experts() -> ExpertWeights:
     generator = torch.Generator().manual_seed(0)
     return ExpertWeights(
         layer=LAYER,
-        w13=GroupedWeight(
-            scheme=ExpertScheme.FLOAT,
+        w13=StoredWeight(
+            scheme=WeightScheme.FLOAT,
             weight=torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator),
         ),
-        w2=GroupedWeight(
-            scheme=ExpertScheme.FLOAT,
+        w2=StoredWeight(
+            scheme=WeightScheme.FLOAT,
             weight=torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator),
         ),
         num_local_experts=NUM_EXPERTS,
@@ -138,14 +138,14 @@ def test_it_checks_its_options() -> None:
 
 
 @pytest.mark.usefixtures("toy")
-@pytest.mark.parametrize("scheme", ExpertScheme)
-def test_it_says_which_layers_it_serves(scheme: ExpertScheme) -> None:
+@pytest.mark.parametrize("scheme", WeightScheme)
+def test_it_says_which_layers_it_serves(scheme: WeightScheme) -> None:
     answer = load_backend("toy", role=ModelRole.MAIN).ops.supports(
         ExpertLayerRequest(
             role=ModelRole.MAIN,
             layer=LAYER,
             scheme_w13=scheme,
-            scheme_w2=ExpertScheme.FLOAT,
+            scheme_w2=WeightScheme.FLOAT,
             num_experts=NUM_EXPERTS,
             num_experts_per_tok=CHOSEN,
             hidden_size=HIDDEN,
@@ -153,7 +153,7 @@ def test_it_says_which_layers_it_serves(scheme: ExpertScheme) -> None:
             compute_dtype=torch.float32,
         )
     )
-    assert answer.ok is (scheme is ExpertScheme.FLOAT)
+    assert answer.ok is (scheme is WeightScheme.FLOAT)
     assert (scheme.value in answer.reason) is not answer.ok
 
 

@@ -18,10 +18,15 @@
     |   |-- CorruptFileError        a safetensors file is truncated or not one
     |   |-- MissingTensorError      the model needs it, the checkpoint lacks it
     |   |-- UnexpectedTensorError   the checkpoint has it, nothing places or skips it
-    |   `-- TensorMismatchError     wrong shape or dtype
+    |   |-- TensorMismatchError     wrong shape or dtype
+    |   |-- QuantizationConfigError what the checkpoint says of its quantisation: unknown, unclear
+    |   `-- ScaleError              scales that are not finite, not positive, or of a wrong shape
     |-- RequestError                one generation request
     |   `-- PromptTooLongError      prompt (and new tokens) exceed the model's context
-    `-- CapacityError               the machine or the configured cache is too small
+    |-- CapacityError               the machine or the configured cache is too small
+    `-- ParallelError               several processes that work on one model
+        |-- RankLostError           a process died, or did not answer in time
+        `-- RankDisagreementError   processes were started with different configurations
 """
 
 from __future__ import annotations
@@ -145,6 +150,14 @@ class TensorMismatchError(WeightsError):
     """A tensor of the checkpoint has the wrong shape or dtype."""
 
 
+class QuantizationConfigError(WeightsError):
+    """What the checkpoint says of its quantisation is unknown, contradictory, or names nothing."""
+
+
+class ScaleError(WeightsError):
+    """Scales of a quantised tensor are not finite, not positive, or of the wrong shape."""
+
+
 class RequestError(MortiseError):
     """One generation request cannot be served as asked."""
 
@@ -155,3 +168,15 @@ class PromptTooLongError(RequestError):
 
 class CapacityError(MortiseError):
     """Memory or the configured number of cache pages is too small for what was asked."""
+
+
+class ParallelError(MortiseError):
+    """Several processes cannot work on one model as they were started."""
+
+
+class RankLostError(ParallelError):
+    """Another process died, or did not take part in time."""
+
+
+class RankDisagreementError(ParallelError):
+    """Processes were started with different configurations, versions or checkpoints."""

@@ -14,13 +14,23 @@ from mortise.errors import (
     MortiseError,
     StaleScheduleError,
 )
+from mortise.spec.authority import (
+    DispatchPolicy,
+    Exact,
+    Refuse,
+    Substitute,
+    decide_by_authority,
+)
 from mortise.spec.capabilities import (
     BindContext,
     Capabilities,
     DeviceProbe,
     ExpertLayerRequest,
+    ExpertMethod,
+    LinearLayerRequest,
     Support,
 )
+from mortise.spec.consumer import check_dispatched_tokens
 from mortise.spec.dispatch import (
     DecisionRule,
     DispatchDecision,
@@ -33,12 +43,13 @@ from mortise.spec.dispatch import (
     GroupListKind,
     Override,
     Routing,
+    RoutingWeightSide,
     RowLayout,
     ScaleLayout,
     TokenDispatcher,
     TokenDispatcherRequest,
 )
-from mortise.spec.experts import ExpertScheme, ExpertWeights, GroupedWeight
+from mortise.spec.experts import ExpertWeights
 from mortise.spec.hooks import (
     HOOKS,
     NOT_SUPPORTED,
@@ -47,6 +58,7 @@ from mortise.spec.hooks import (
     HookSpec,
     NotSupported,
 )
+from mortise.spec.methods import ordinary_method
 from mortise.spec.paged_mqa import (
     SPLIT_TOKENS,
     IndexKeyPages,
@@ -57,6 +69,7 @@ from mortise.spec.paged_mqa import (
 from mortise.spec.qkv import QKVLayout, QKVParts, QKVShape
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ForwardMode, ModelRole, Phase
+from mortise.spec.weights import LinearWeight, ScaleFormat, StoredWeight, WeightScheme
 
 __all__ = [
     "HOOKS",
@@ -76,16 +89,19 @@ __all__ = [
     "DispatchFormat",
     "DispatchHandle",
     "DispatchMode",
+    "DispatchPolicy",
     "DispatchRequest",
     "DispatchedTokens",
+    "Exact",
     "ExpertLayerRequest",
-    "ExpertScheme",
+    "ExpertMethod",
     "ExpertWeights",
     "ForwardMode",
     "GroupListKind",
-    "GroupedWeight",
     "HookSpec",
     "IndexKeyPages",
+    "LinearLayerRequest",
+    "LinearWeight",
     "ModelRole",
     "MortiseError",
     "NotSupported",
@@ -97,14 +113,23 @@ __all__ = [
     "QKVParts",
     "QKVShape",
     "ReasonCode",
+    "Refuse",
     "Routing",
+    "RoutingWeightSide",
     "RowLayout",
+    "ScaleFormat",
     "ScaleLayout",
     "StaleScheduleError",
+    "StoredWeight",
+    "Substitute",
     "Support",
     "TokenDispatcher",
     "TokenDispatcherRequest",
+    "WeightScheme",
+    "check_dispatched_tokens",
+    "decide_by_authority",
     "hookimpl",
+    "ordinary_method",
     "refresh_paged_mqa_metadata",
 ]
 

@@ -7,7 +7,7 @@ import pytest
 
 from mortise.backends import load_backend
 from mortise.errors import BackendError, BackendUnusableError, ConfigError, ContractError
-from mortise.plugin import ExpertLayerRequest, ExpertScheme
+from mortise.plugin import ExpertLayerRequest, WeightScheme
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ModelRole
 from mortise.testing.distributions import QKV_SPLIT, backend_code
@@ -173,14 +173,14 @@ def create(cls, context):
     assert main.ops.qkv_split is not draft.ops.qkv_split
 
 
-def request(scheme: ExpertScheme) -> ExpertLayerRequest:
+def request(scheme: WeightScheme) -> ExpertLayerRequest:
     import torch
 
     return ExpertLayerRequest(
         role=ModelRole.MAIN,
         layer="model.layers.1.mlp",
         scheme_w13=scheme,
-        scheme_w2=ExpertScheme.FLOAT,
+        scheme_w2=WeightScheme.FLOAT,
         num_experts=2,
         num_experts_per_tok=1,
         hidden_size=4,
@@ -201,12 +201,12 @@ IMPLEMENTS_MOE = {"prepare_expert_weights": 1, "quantized_moe_apply": 1}
 
 def test_who_computes_the_experts_says_which_it_supports(installed: FakeDistribution) -> None:
     installed.add_backend("toy")
-    answer = load_backend("toy", role=ModelRole.MAIN).ops.supports(request(ExpertScheme.W8A8))
+    answer = load_backend("toy", role=ModelRole.MAIN).ops.supports(request(WeightScheme.W8A8))
     assert not answer.ok
     assert answer.reason == "w13 is stored as w8a8"
 
     installed.add_backend("own", code=backend_code(MOE), manifest={"implements": IMPLEMENTS_MOE})
-    assert load_backend("own", role=ModelRole.MAIN).ops.supports(request(ExpertScheme.W8A8)).ok
+    assert load_backend("own", role=ModelRole.MAIN).ops.supports(request(WeightScheme.W8A8)).ok
 
 
 def test_supports_must_answer_with_a_reason(installed: FakeDistribution) -> None:
@@ -215,4 +215,4 @@ def test_supports_must_answer_with_a_reason(installed: FakeDistribution) -> None
     installed.add_backend("toy", code=backend_code(methods), manifest=manifest)
     ops = load_backend("toy", role=ModelRole.MAIN).ops
     with pytest.raises(ContractError, match=r"returned a builtins\.bool"):
-        ops.supports(request(ExpertScheme.FLOAT))
+        ops.supports(request(WeightScheme.FLOAT))

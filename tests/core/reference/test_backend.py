@@ -5,7 +5,7 @@ import torch
 
 from mortise.backends import load_backend
 from mortise.errors import ConfigError
-from mortise.plugin import ExpertLayerRequest, ExpertScheme
+from mortise.plugin import ExpertLayerRequest, WeightScheme
 from mortise.spec.roles import ModelRole
 
 
@@ -48,8 +48,8 @@ def request(**changes: object) -> ExpertLayerRequest:
     values: dict[str, object] = {
         "role": ModelRole.MAIN,
         "layer": "model.layers.1.mlp",
-        "scheme_w13": ExpertScheme.FLOAT,
-        "scheme_w2": ExpertScheme.FLOAT,
+        "scheme_w13": WeightScheme.FLOAT,
+        "scheme_w2": WeightScheme.FLOAT,
         "num_experts": 2,
         "num_experts_per_tok": 1,
         "hidden_size": 4,
@@ -64,8 +64,8 @@ def request(**changes: object) -> ExpertLayerRequest:
     [
         ({}, ""),
         ({"compute_dtype": torch.bfloat16}, ""),
-        ({"scheme_w13": ExpertScheme.FP8_BLOCK}, "w13 is stored as fp8_block"),
-        ({"scheme_w2": ExpertScheme.W4A8}, "w2 is stored as w4a8"),
+        ({"scheme_w13": WeightScheme.FP8_BLOCK}, "w13 is stored as fp8_block"),
+        ({"scheme_w2": WeightScheme.W4A8}, "w2 is stored as w4a8"),
         ({"compute_dtype": torch.float16}, "the compute dtype is torch.float16"),
     ],
 )

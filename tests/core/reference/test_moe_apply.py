@@ -23,7 +23,8 @@ from mortise.spec.dispatch import (
     Routing,
     RowLayout,
 )
-from mortise.spec.experts import ExpertScheme, ExpertWeights, GroupedWeight
+from mortise.spec.experts import ExpertWeights
+from mortise.spec.weights import StoredWeight, WeightScheme
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,8 +38,8 @@ def experts_of(num_experts: int, dtype: torch.dtype = torch.float32) -> ExpertWe
     w2 = torch.randn(num_experts, HIDDEN, INTERMEDIATE, generator=generator).to(dtype)
     return ExpertWeights(
         layer="model.layers.1.mlp",
-        w13=GroupedWeight(scheme=ExpertScheme.FLOAT, weight=w13),
-        w2=GroupedWeight(scheme=ExpertScheme.FLOAT, weight=w2),
+        w13=StoredWeight(scheme=WeightScheme.FLOAT, weight=w13),
+        w2=StoredWeight(scheme=WeightScheme.FLOAT, weight=w2),
         num_local_experts=num_experts,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
@@ -230,7 +231,7 @@ def test_rows_that_the_weights_cannot_take_are_refused(
 @pytest.mark.parametrize("projection", ["w13", "w2"])
 def test_quantised_weights_are_refused(projection: str) -> None:
     experts = experts_of(2)
-    quantised = replace(getattr(experts, projection), scheme=ExpertScheme.W8A8)
+    quantised = replace(getattr(experts, projection), scheme=WeightScheme.W8A8)
     with pytest.raises(ContractError, match="w8a8"):
         quantized_moe_apply(
             tokens_of([1, 1]), replace(experts, **{projection: quantised}), torch.float32

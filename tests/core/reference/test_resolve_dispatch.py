@@ -21,16 +21,16 @@ from mortise.spec.dispatch import (
     RowLayout,
     ScaleLayout,
 )
-from mortise.spec.experts import ExpertScheme
 from mortise.spec.roles import ModelRole
+from mortise.spec.weights import WeightScheme
 
 PLAIN = DispatchRequest(
     role=ModelRole.MAIN,
     layer="model.layers.3.mlp",
     mode=DispatchMode.NORMAL,
     override=None,
-    scheme_w13=ExpertScheme.FLOAT,
-    scheme_w2=ExpertScheme.FLOAT,
+    scheme_w13=WeightScheme.FLOAT,
+    scheme_w2=WeightScheme.FLOAT,
     accepted=tuple(DispatchDtype),
     compute_dtype=torch.bfloat16,
 )
@@ -40,12 +40,12 @@ OVERRIDE = Override(value=DispatchDtype.INT8, source="command line --dispatch-dt
 @pytest.mark.parametrize(
     ("request_", "dtype", "rule", "reason"),
     [
-        (PLAIN, DispatchDtype.BF16, DecisionRule.DEVICE_DEFAULT, "compute dtype"),
+        (PLAIN, DispatchDtype.BF16, DecisionRule.DEVICE_DEFAULT, "nobody asks"),
         (
             replace(PLAIN, compute_dtype=torch.float32),
             DispatchDtype.FP32,
             DecisionRule.DEVICE_DEFAULT,
-            "compute dtype",
+            "nobody asks",
         ),
         (
             replace(PLAIN, runner="cutlass", runner_quantises=True),
@@ -57,13 +57,13 @@ OVERRIDE = Override(value=DispatchDtype.INT8, source="command line --dispatch-dt
             replace(PLAIN, requested=DispatchDtype.FP8_E4M3),
             DispatchDtype.FP8_E4M3,
             DecisionRule.EXPERT_METHOD,
-            "expert method",
+            "float experts ask",
         ),
         (
-            replace(PLAIN, has_input_global_scale=True),
+            replace(PLAIN, input_global_scale=0.5),
             DispatchDtype.NVFP4,
             DecisionRule.EXPERT_METHOD,
-            "input global scale",
+            "global scale",
         ),
         (
             replace(PLAIN, override=OVERRIDE),
@@ -91,7 +91,7 @@ def test_the_order_of_authority(
         replace(
             PLAIN,
             override=OVERRIDE if overridden else None,
-            has_input_global_scale=scale,
+            input_global_scale=0.5 if scale else None,
             requested=DispatchDtype.FP8_E4M3 if requested else None,
             runner_quantises=runner,
         )
@@ -121,7 +121,8 @@ def test_rows_are_plain_and_of_the_mode_that_was_asked_about(mode: DispatchMode)
     decided = resolve_dispatch_dtype(replace(PLAIN, mode=mode)).format
     assert decided.mode is mode
     assert decided.scale_layout is ScaleLayout.NONE
-    assert decided.row_layout is RowLayout.GROUPED
+    masked = mode is DispatchMode.LOW_LATENCY
+    assert decided.row_layout is (RowLayout.MASKED if masked else RowLayout.GROUPED)
 
 
 @given(
@@ -141,7 +142,7 @@ def test_a_value_that_the_experts_cannot_take_is_an_error_that_names_everything(
         accepted=tuple(sorted(accepted)),
         override=None if override is None else Override(value=override, source="engine.toml"),
         requested=requested,
-        has_input_global_scale=scale,
+        input_global_scale=0.5 if scale else None,
     )
     wanted = resolve_dispatch_dtype(replace(request_, accepted=tuple(DispatchDtype)))
     if wanted.format.dtype in accepted:

@@ -22,8 +22,8 @@ from pydantic import (
 
 from mortise.errors import BackendUnusableError
 from mortise.spec.dispatch import DispatchDtype
-from mortise.spec.experts import ExpertScheme
 from mortise.spec.reasons import ReasonCode
+from mortise.spec.weights import WeightScheme
 
 if TYPE_CHECKING:
     from typing import Self
@@ -52,7 +52,7 @@ class ManifestCapabilities(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schemes: tuple[ExpertScheme, ...] = ()
+    schemes: tuple[WeightScheme, ...] = ()
     dispatch_dtypes: tuple[DispatchDtype, ...] = ()
     compute_dtypes: tuple[str, ...] = ()
     page_sizes: tuple[StrictInt, ...] = ()

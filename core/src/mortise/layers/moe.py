@@ -19,9 +19,10 @@ from mortise.spec.dispatch import (
     TokenDispatcher,
     TokenDispatcherRequest,
 )
-from mortise.spec.experts import ExpertScheme, ExpertWeights, GroupedWeight
+from mortise.spec.experts import ExpertWeights
 from mortise.spec.hooks import NotSupported
 from mortise.spec.reasons import ReasonCode
+from mortise.spec.weights import StoredWeight, WeightScheme
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,8 +53,8 @@ class RoutedExperts(nn.Module):
         num_experts, hidden_size, intermediate_size = self.w2.shape
         return ExpertWeights(
             layer=layer,
-            w13=GroupedWeight(scheme=ExpertScheme.FLOAT, weight=self.w13),
-            w2=GroupedWeight(scheme=ExpertScheme.FLOAT, weight=self.w2),
+            w13=StoredWeight(scheme=WeightScheme.FLOAT, weight=self.w13),
+            w2=StoredWeight(scheme=WeightScheme.FLOAT, weight=self.w2),
             num_local_experts=num_experts,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,

@@ -13,8 +13,8 @@ from mortise.plugin import (
     ConfigError,
     DispatchDtype,
     ExpertLayerRequest,
-    ExpertScheme,
     Support,
+    WeightScheme,
     hookimpl,
 )
 from mortise.reference import attention, dispatch, moe, qkv
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DEFAULT_DEVICE: Final = "cpu"
 DEFAULT_NUM_WORKERS: Final = 4
-SCHEMES: Final = frozenset({ExpertScheme.FLOAT})
+SCHEMES: Final = frozenset({WeightScheme.FLOAT})
 COMPUTE_DTYPES: Final = (torch.float32, torch.bfloat16)
 PAGE_SIZE: Final = 64
 

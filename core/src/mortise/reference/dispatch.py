@@ -4,71 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 import torch
 
-from mortise.errors import BackendUnusableError, ConfigError
+from mortise.spec.authority import DispatchPolicy, Exact, decide_by_authority
 from mortise.spec.dispatch import (
-    DecisionRule,
     DispatchDecision,
     DispatchDtype,
     DispatchedTokens,
     DispatchFormat,
     DispatchHandle,
+    DispatchMode,
     DispatchRequest,
     GroupListKind,
     Routing,
+    RowLayout,
     TokenDispatcher,
     TokenDispatcherRequest,
 )
 from mortise.spec.hooks import NOT_SUPPORTED, NotSupported
-from mortise.spec.reasons import ReasonCode
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-UNQUANTISED: Final[Mapping[torch.dtype, DispatchDtype]] = MappingProxyType(
-    {torch.float32: DispatchDtype.FP32, torch.bfloat16: DispatchDtype.BF16}
+POLICY: Final = DispatchPolicy(
+    device="the reference",
+    default=None,
+    # Plain torch can send whatever a layer's experts consume.
+    actions=MappingProxyType(dict.fromkeys(DispatchDtype, Exact())),
+    row_layouts=MappingProxyType(
+        {DispatchMode.NORMAL: RowLayout.GROUPED, DispatchMode.LOW_LATENCY: RowLayout.MASKED}
+    ),
 )
 
 
 def resolve_dispatch_dtype(request: DispatchRequest) -> DispatchDecision:
-    """Keep to the order of authority; by default rows travel in the compute dtype, unquantised."""
-    dtype, rule, reason = _decide(request)
-    if dtype not in request.accepted:
-        what = f"layer {request.layer}: its experts cannot consume {dtype.value} rows ({reason})"
-        expected = f"one of {', '.join(accepted.value for accepted in request.accepted)}"
-        if rule is DecisionRule.OVERRIDE:
-            remedy = "remove the override or choose an accepted format"
-            raise ConfigError(what, expected=expected, remedy=remedy)
-        raise BackendUnusableError(
-            what,
-            reason=ReasonCode.REQUEST_UNSUPPORTED,
-            expected=expected,
-            remedy="choose an accepted format, or a checkpoint whose experts accept this one",
-        )
-    return DispatchDecision(
-        format=DispatchFormat(dtype=dtype, mode=request.mode), rule=rule, reason=reason
-    )
-
-
-def _decide(request: DispatchRequest) -> tuple[DispatchDtype, DecisionRule, str]:
-    default = UNQUANTISED[request.compute_dtype]
-    if request.override is not None:
-        source = request.override.source
-        return request.override.value, DecisionRule.OVERRIDE, f"asked for by {source}"
-    if request.has_input_global_scale:
-        reason = "the checkpoint carries an input global scale"
-        return DispatchDtype.NVFP4, DecisionRule.EXPERT_METHOD, reason
-    if request.requested is not None:
-        reason = "the expert method asks for it"
-        return request.requested, DecisionRule.EXPERT_METHOD, reason
-    if request.runner_quantises:
-        reason = f"runner {request.runner} quantises by itself"
-        return default, DecisionRule.RUNNER, reason
-    reason = "the reference sends rows in the compute dtype"
-    return default, DecisionRule.DEVICE_DEFAULT, reason
+    """Keep to the order of authority; when nobody asks, rows travel in the compute dtype."""
+    return decide_by_authority(request, POLICY)
 
 
 def create_token_dispatcher(request: TokenDispatcherRequest) -> TokenDispatcher | NotSupported:

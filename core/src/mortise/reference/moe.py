@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import assert_never, cast
+from typing import TYPE_CHECKING, assert_never, cast
 
 import torch
 import torch.nn.functional as F
 
 from mortise.errors import ContractError
 from mortise.spec.dispatch import DispatchDecision, DispatchedTokens, GroupListKind, RowLayout
-from mortise.spec.experts import ExpertScheme, ExpertWeights
 from mortise.spec.reasons import ReasonCode
+from mortise.spec.weights import WeightScheme
+
+if TYPE_CHECKING:
+    from mortise.spec.experts import ExpertWeights
 
 
 def prepare_expert_weights(experts: ExpertWeights, decision: DispatchDecision) -> ExpertWeights:
@@ -36,11 +39,11 @@ def quantized_moe_apply(
 
 def _check_consumable(tokens: DispatchedTokens, experts: ExpertWeights) -> None:
     schemes = {experts.w13.scheme, experts.w2.scheme}
-    if schemes != {ExpertScheme.FLOAT}:
+    if schemes != {WeightScheme.FLOAT}:
         raise ContractError(
             f"layer {experts.layer}: experts of scheme {', '.join(sorted(schemes))}",
             reason=ReasonCode.REQUEST_UNSUPPORTED,
-            expected=ExpertScheme.FLOAT.value,
+            expected=WeightScheme.FLOAT.value,
         )
     if tokens.scales is not None or tokens.rows.dtype != experts.w13.weight.dtype:
         scales = "with" if tokens.scales is not None else "without"

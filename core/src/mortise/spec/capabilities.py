@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mortise.spec.dispatch import DispatchDtype
-    from mortise.spec.experts import ExpertScheme
+    from mortise.spec.dispatch import DispatchDtype, DispatchMode
     from mortise.spec.roles import ModelRole
+    from mortise.spec.weights import WeightScheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +29,18 @@ class Capabilities:
         num_workers: workers among which the indexer's schedule is split.
         max_native_next_n: rows of one request that the indexer's kernel takes natively; 1 means
             every token is a row of its own.
+        process_group_backend: name of the torch.distributed backend that joins its devices.
     """
 
     device: torch.device
     emulated: bool
-    schemes: frozenset[ExpertScheme]
+    schemes: frozenset[WeightScheme]
     dispatch_dtypes: frozenset[DispatchDtype]
     compute_dtypes: tuple[torch.dtype, ...]
     page_sizes: frozenset[int]
     num_workers: int
     max_native_next_n: int = 1
+    process_group_backend: str = "gloo"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +61,38 @@ class BindContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertMethod:
+    """What the code that runs a layer's experts takes, and asks for.
+
+    Args:
+        accepted: formats of dispatched rows it can consume, in order of preference.
+        requested: the format it asks for, if it does.
+        requested_in_mode: what it asks for in one mode, which goes before ``requested``.
+        runner: name of the kernel runner, shown in decisions.
+        runner_quantises: the runner quantises unquantised rows by itself.
+    """
+
+    accepted: tuple[DispatchDtype, ...]
+    requested: DispatchDtype | None = None
+    requested_in_mode: Mapping[DispatchMode, DispatchDtype] = field(default_factory=dict)
+    runner: str = ""
+    runner_quantises: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """Answer of ``supports``: whether a layer can be served, and why not."""
+    """Answer of ``supports``: whether a layer can be served, and why not.
+
+    Args:
+        ok: it can.
+        reason: why not.
+        method: how the experts will be run; None is the ordinary method of their scheme
+            (``mortise.spec.methods``).
+    """
 
     ok: bool
     reason: str = ""
+    method: ExpertMethod | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +112,50 @@ class DeviceProbe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLayerRequest:
-    """One layer of experts that a backend is asked about before the layer is built."""
+    """One layer of experts that a backend is asked about before the layer is built.
+
+    Args:
+        role, layer: who asks.
+        scheme_w13, scheme_w2: how the projections are stored.
+        num_experts: experts of all ranks.
+        num_experts_per_tok: K.
+        hidden_size, intermediate_size: H and I.
+        compute_dtype: dtype of the hidden state.
+        num_local_experts: E_l, experts of this rank.
+        static_input: the checkpoint holds scales for the input of w13.
+    """
 
     role: ModelRole
     layer: str
-    scheme_w13: ExpertScheme
-    scheme_w2: ExpertScheme
+    scheme_w13: WeightScheme
+    scheme_w2: WeightScheme
     num_experts: int
     num_experts_per_tok: int
     hidden_size: int
     intermediate_size: int
+    compute_dtype: torch.dtype
+    num_local_experts: int = 0
+    static_input: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearLayerRequest:
+    """One quantised projection outside the experts that a backend is asked about.
+
+    Args:
+        role, layer: who asks.
+        scheme: how the weight is stored.
+        out_features, in_features: N and K.
+        num_groups: G, groups of columns that share a scale.
+        static_input: the checkpoint holds a scale for the input.
+        compute_dtype: dtype of the hidden state.
+    """
+
+    role: ModelRole
+    layer: str
+    scheme: WeightScheme
+    out_features: int
+    in_features: int
+    num_groups: int
+    static_input: bool
     compute_dtype: torch.dtype

@@ -7,10 +7,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-    from mortise.spec.experts import ExpertScheme
     from mortise.spec.roles import ModelRole
+    from mortise.spec.weights import ScaleFormat, WeightScheme
 
 
 class DispatchDtype(StrEnum):
@@ -37,8 +39,11 @@ class ScaleLayout(StrEnum):
 
     NONE = "none"
     PER_TOKEN = "per_token"
+    """float32, one a row: ``[R]``."""
     PER_TOKEN_128 = "per_token_per_128_columns"
+    """float32 ``[R, ceil(H/128)]``, or powers of two packed in int32 ``[R, ceil(H/512)]``."""
     PER_BLOCK_16 = "per_16_elements_with_global_scale"
+    """e4m3 ``[R, H/16]``, beside the global scale that the format states."""
 
 
 class RowLayout(StrEnum):
@@ -62,6 +67,13 @@ class GroupListKind(StrEnum):
     CUMULATIVE = "cumulative"
 
 
+class RoutingWeightSide(StrEnum):
+    """Who multiplies the experts' rows by the routing weights."""
+
+    COMBINE = "combine"
+    EXPERTS = "experts"
+
+
 class DecisionRule(StrEnum):
     """Which rule of the order of authority decided; highest first."""
 
@@ -73,10 +85,24 @@ class DecisionRule(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchFormat:
-    """Completely what arrives at the experts."""
+    """Completely what arrives at the experts.
+
+    Args:
+        dtype: number format of the rows; fp8 rows are float8_e4m3fn ``[R, H]``, nvfp4 rows uint8
+            ``[R, H/2]`` with the even column in the low nibble.
+        scale_layout: where their scales are.
+        scale_format: what their scales are; None where there are none.
+        global_scale: NVFP4: the factor common to all scales of this layer (amax / 2688 of the
+            calibration); a row is ``values * scales * global_scale``.
+        row_layout: how they are arranged.
+        mode: the exchange they come through.
+        alignment: rows to which each group is padded (``GROUPED_ALIGNED``).
+    """
 
     dtype: DispatchDtype
     scale_layout: ScaleLayout = ScaleLayout.NONE
+    scale_format: ScaleFormat | None = None
+    global_scale: float | None = None
     row_layout: RowLayout = RowLayout.GROUPED
     mode: DispatchMode = DispatchMode.NORMAL
     alignment: int = 1
@@ -101,8 +127,11 @@ class DispatchRequest:
         override: the user's explicit choice for this role; None is "unset" (``auto``).
         scheme_w13, scheme_w2: schemes of the expert weights, read from the checkpoint.
         accepted: formats the layer's expert method can consume, in order of preference.
-        requested: the format the expert method asks for in this mode, if it does.
-        has_input_global_scale: the checkpoint carries one (it means NVFP4).
+        requested_in_mode: the format the expert method asks for in this mode, if it does.
+        requested: the format it asks for in general, if it does.
+        input_global_scale: the layer's static scale of NVFP4 input (a factor, amax / 2688); its
+            presence asks for NVFP4.
+        scale_format: what the scales of fp8 rows are to be.
         runner: name of the kernel runner that will consume the rows.
         runner_quantises: that runner quantises its input by itself.
         compute_dtype: dtype of the hidden state, ``torch.float32`` or ``torch.bfloat16``.
@@ -112,11 +141,13 @@ class DispatchRequest:
     layer: str
     mode: DispatchMode
     override: Override | None
-    scheme_w13: ExpertScheme
-    scheme_w2: ExpertScheme
+    scheme_w13: WeightScheme
+    scheme_w2: WeightScheme
     accepted: tuple[DispatchDtype, ...]
+    requested_in_mode: DispatchDtype | None = None
     requested: DispatchDtype | None = None
-    has_input_global_scale: bool = False
+    input_global_scale: float | None = None
+    scale_format: ScaleFormat | None = None
     runner: str = ""
     runner_quantises: bool = False
     compute_dtype: torch.dtype
@@ -130,7 +161,9 @@ class DispatchDecision:
     rule: DecisionRule
     reason: str
     asked: DispatchDtype | None = None
-    """What the rule asked for, when a documented downgrade made it another format."""
+    """What the rule asked for, when the device's documented policy made it another format."""
+    source: str = ""
+    """Where an override came from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +178,10 @@ class DispatchedTokens:
         group_counts: the same counts as Python integers where the host knows them, else None;
             saves a device synchronisation.
         format: what the rows are.
+        routing_weight_side: who multiplies by the routing weights.
+        row_weights: float32, one a row in the layout of the rows, where the experts multiply.
+        receive: second stage of an exchange that is still under way: until it was called, rows,
+            scales and counts are undefined. None where everything has arrived. May be called again.
     """
 
     rows: torch.Tensor
@@ -153,6 +190,9 @@ class DispatchedTokens:
     group_list_kind: GroupListKind
     group_counts: tuple[int, ...] | None
     format: DispatchFormat
+    routing_weight_side: RoutingWeightSide = RoutingWeightSide.COMBINE
+    row_weights: torch.Tensor | None = None
+    receive: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +226,19 @@ class TokenDispatcher(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenDispatcherRequest:
-    """What a device's own expert-parallel exchange must serve."""
+    """What a device's own expert-parallel exchange must serve.
+
+    Args:
+        role, layer: who asks.
+        num_experts: experts of all ranks; rank r holds the r-th of ``world_size`` equal parts.
+        num_experts_per_tok: K.
+        hidden_size: H.
+        world_size, rank: ranks that share the experts, and this one.
+        mode: the exchange.
+        max_tokens_per_rank: capacity of the low-latency exchange; the same on every rank.
+        two_stage: whether ``DispatchedTokens.receive`` may be used.
+        process_group: the torch.distributed group of the ranks; None for one process.
+    """
 
     role: ModelRole
     layer: str
@@ -197,4 +249,5 @@ class TokenDispatcherRequest:
     rank: int = 0
     mode: DispatchMode = DispatchMode.NORMAL
     max_tokens_per_rank: int = 0
+    two_stage: bool = False
     process_group: object | None = field(default=None, repr=False)

@@ -44,7 +44,7 @@ class FakeBackend(Backend):
         return Capabilities(
             device=torch.device("cpu"),
             emulated=False,
-            schemes=frozenset({{ExpertScheme.FLOAT}}),
+            schemes=frozenset({{WeightScheme.FLOAT}}),
             dispatch_dtypes=frozenset({{DispatchDtype.FP32}}),
             compute_dtypes=(torch.float32,),
             page_sizes=frozenset({{64}}),

@@ -15,9 +15,9 @@ from mortise.plugin import (
     DispatchDtype,
     DispatchedTokens,
     ExpertLayerRequest,
-    ExpertScheme,
     ExpertWeights,
     Support,
+    WeightScheme,
     hookimpl,
 )
 from mortise.reference import moe
@@ -44,7 +44,7 @@ class ToyBackend(Backend):
         return Capabilities(
             device=self.device,
             emulated=False,
-            schemes=frozenset({ExpertScheme.FLOAT}),
+            schemes=frozenset({WeightScheme.FLOAT}),
             dispatch_dtypes=frozenset({DispatchDtype.FP32, DispatchDtype.BF16}),
             compute_dtypes=(torch.bfloat16, torch.float32),
             page_sizes=frozenset({64}),
@@ -54,7 +54,7 @@ class ToyBackend(Backend):
     def supports(self, request: ExpertLayerRequest) -> Support:
         """Take layers of unquantised experts."""
         schemes = {request.scheme_w13, request.scheme_w2}
-        ok = schemes == {ExpertScheme.FLOAT}
+        ok = schemes == {WeightScheme.FLOAT}
         return Support(ok=ok, reason="" if ok else f"its experts are {', '.join(schemes)}")
 
     @hookimpl

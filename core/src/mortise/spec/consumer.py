@@ -1,0 +1,113 @@
+"""The cheap check, at run time, that dispatched rows are what a layer's experts can consume."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from mortise.errors import ContractError
+from mortise.spec.dispatch import DispatchDtype, RoutingWeightSide, RowLayout, ScaleLayout
+from mortise.spec.reasons import ReasonCode
+from mortise.spec.weights import ScaleFormat, WeightScheme
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mortise.spec.dispatch import DispatchedTokens
+    from mortise.spec.experts import ExpertWeights
+
+# By name, since a backend's module is read on machines where torch is not loaded yet.
+ROW_DTYPES: Final[Mapping[DispatchDtype, str]] = MappingProxyType(
+    {
+        DispatchDtype.FP32: "torch.float32",
+        DispatchDtype.BF16: "torch.bfloat16",
+        DispatchDtype.FP8_E4M3: "torch.float8_e4m3fn",
+        DispatchDtype.INT8: "torch.int8",
+        DispatchDtype.NVFP4: "torch.uint8",
+    }
+)
+"""The dtype of the tensor in which rows of each format travel."""
+
+SCALE_DTYPES: Final[Mapping[ScaleFormat, str]] = MappingProxyType(
+    {
+        ScaleFormat.FLOAT32: "torch.float32",
+        ScaleFormat.E4M3: "torch.float8_e4m3fn",
+        ScaleFormat.UE8M0: "torch.int32",
+    }
+)
+"""The dtype of the tensor in which scales of rows travel."""
+
+CONSUMED: Final[Mapping[WeightScheme, frozenset[DispatchDtype]]] = MappingProxyType(
+    {
+        WeightScheme.FLOAT: frozenset(),
+        WeightScheme.FP8_BLOCK: frozenset({DispatchDtype.FP8_E4M3}),
+        WeightScheme.W8A8: frozenset({DispatchDtype.INT8}),
+        WeightScheme.W4A8: frozenset({DispatchDtype.INT8}),
+        WeightScheme.W4A4: frozenset(),
+        WeightScheme.W4A16: frozenset(),
+        WeightScheme.NVFP4: frozenset({DispatchDtype.NVFP4}),
+    }
+)
+"""Quantised formats that a first projection of each scheme multiplies as they are."""
+
+PLAIN: Final = frozenset({DispatchDtype.FP32, DispatchDtype.BF16})
+
+
+def check_dispatched_tokens(tokens: DispatchedTokens, experts: ExpertWeights) -> None:
+    """Compare rows with their own format and with the experts; looks at no element.
+
+    Raises:
+        ContractError: dtype or scales are not what the format says, or the experts of this layer
+            cannot multiply such rows.
+    """
+    problem = _rows_problem(tokens) or _experts_problem(tokens, experts)
+    if problem:
+        what, expected = problem
+        raise ContractError(
+            f"layer {experts.layer}: {what}", reason=ReasonCode.CONTRACT_BROKEN, expected=expected
+        )
+
+
+def _rows_problem(tokens: DispatchedTokens) -> tuple[str, str] | None:
+    stated, rows, scales = tokens.format, tokens.rows, tokens.scales
+    name, dtype = stated.dtype.value, ROW_DTYPES[stated.dtype]
+    if str(rows.dtype) != dtype:
+        return f"rows of {rows.dtype} are said to be {name}", dtype
+    if stated.scale_layout is ScaleLayout.NONE and scales is not None:
+        return f"{name} rows came with scales", "no scales"
+    if stated.scale_layout is not ScaleLayout.NONE:
+        assert stated.scale_format is not None, "a format with scales says what they are"
+        wanted = SCALE_DTYPES[stated.scale_format]
+        if scales is None:
+            return f"{name} rows came without scales", f"scales of {wanted}"
+        if str(scales.dtype) != wanted:
+            return f"{name} rows came with scales of {scales.dtype}", wanted
+    dimensions = 3 if stated.row_layout is RowLayout.MASKED else 2
+    if rows.dim() != dimensions:
+        return f"{stated.row_layout.value} rows have {rows.dim()} dimensions", str(dimensions)
+    if str(tokens.group_list.dtype) != "torch.int64":
+        return f"the group list is {tokens.group_list.dtype}", "torch.int64"
+    experts_multiply = tokens.routing_weight_side is RoutingWeightSide.EXPERTS
+    if (tokens.row_weights is not None) is not experts_multiply:
+        return "routing weights do not come with the rows", "weights where the experts multiply"
+    return None
+
+
+def _experts_problem(tokens: DispatchedTokens, experts: ExpertWeights) -> tuple[str, str] | None:
+    scheme, dtype = experts.w13.scheme, tokens.format.dtype
+    if scheme is WeightScheme.FLOAT and tokens.rows.dtype is not experts.w13.weight.dtype:
+        return (
+            f"{dtype.value} rows met {experts.w13.weight.dtype} weights",
+            "unquantised rows of the weights' dtype",
+        )
+    consumed = PLAIN | CONSUMED[scheme]
+    if dtype not in consumed:
+        expected = f"one of {', '.join(sorted(consumed))}"
+        return f"{dtype.value} rows met {scheme.value} weights", expected
+    num_groups = tokens.group_list.shape[0]
+    if num_groups != experts.num_local_experts:
+        return (
+            f"a group list of {num_groups} met {experts.num_local_experts} experts",
+            "one entry for each local expert",
+        )
+    return None
