@@ -173,3 +173,13 @@ class Backend(ABC):
     @abstractmethod
     def supports(self, request: ExpertLayerRequest) -> Support:
         """Say before a layer of experts is built whether it can be served, and if not, why not."""
+
+    def supports_linear(self, request: LinearLayerRequest) -> Support:
+        """Say before a quantised projection outside the experts is built whether it can be served.
+
+        Unless a backend says otherwise, it serves projections of every scheme that its
+        capabilities list.
+        """
+        if request.scheme in self.capabilities().schemes:
+            return Support(ok=True)
+        return Support(ok=False, reason=f"its weight is stored as {request.scheme.value}")

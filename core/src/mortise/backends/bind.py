@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -22,7 +22,7 @@ from mortise.backends.shims import (
     guard_declining,
 )
 from mortise.errors import BackendUnusableError, ContractError, MortiseError
-from mortise.plugin import Backend, BindContext, Capabilities, ExpertLayerRequest, Support
+from mortise.plugin import Backend, BindContext, Capabilities, Support
 from mortise.spec import hooks
 from mortise.spec.reasons import ReasonCode
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from mortise.backends.candidate import Candidate
     from mortise.spec.roles import ModelRole
+
+LayerRequest = TypeVar("LayerRequest")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,18 +178,20 @@ def _registered(backend: Backend, row: Candidate) -> dict[str, Callable[..., Any
     return found
 
 
-def supports_of(parts: BoundParts, role: ModelRole) -> Callable[[ExpertLayerRequest], Support]:
-    """``Backend.supports`` with its answer checked."""
-    ask = guard_1(parts.backend.supports, BoundHook("supports", parts.identity, role))
+def checked_support(
+    method: Callable[[LayerRequest], Support], hook: BoundHook
+) -> Callable[[LayerRequest], Support]:
+    """``Backend.supports`` or ``Backend.supports_linear`` with its answer checked."""
+    ask = guard_1(method, hook)
 
-    def supports(request: ExpertLayerRequest, /) -> Support:
+    def supports(request: LayerRequest, /) -> Support:
         answer: object = ask(request)
         if not isinstance(answer, Support):
             raise ContractError(
-                f"supports() of backend {parts.identity} returned {_shown(answer)}",
+                f"{hook.name}() of backend {hook.provider} returned {_shown(answer)}",
                 reason=ReasonCode.CONTRACT_BROKEN,
                 expected="mortise.plugin.Support",
-                remedy=f"report it to the authors of {parts.identity.distribution}",
+                remedy=f"report it to the authors of {hook.provider.distribution}",
             )
         return answer
 
@@ -203,6 +207,9 @@ def ops_table(parts: BoundParts, providers: Mapping[str, BoundParts], role: Mode
     def hook(name: str) -> BoundHook:
         return BoundHook(name, providers[name].identity, role)
 
+    # Whoever computes a layer knows which of them it can compute.
+    experts, projections = providers["quantized_moe_apply"], providers["quantized_linear"]
+
     return Ops(
         resolve_dispatch_dtype=guard_1(
             function("resolve_dispatch_dtype"), hook("resolve_dispatch_dtype")
@@ -210,15 +217,24 @@ def ops_table(parts: BoundParts, providers: Mapping[str, BoundParts], role: Mode
         prepare_expert_weights=guard_2(
             function("prepare_expert_weights"), hook("prepare_expert_weights")
         ),
+        prepare_linear_weight=guard_1(
+            function("prepare_linear_weight"), hook("prepare_linear_weight")
+        ),
         create_token_dispatcher=guard_declining(
             function("create_token_dispatcher"), hook("create_token_dispatcher")
         ),
         paged_mqa_metadata=guard_4(function("paged_mqa_metadata"), hook("paged_mqa_metadata")),
         paged_mqa_logits=guard_5(function("paged_mqa_logits"), hook("paged_mqa_logits")),
         quantized_moe_apply=guard_3(function("quantized_moe_apply"), hook("quantized_moe_apply")),
+        quantized_linear=guard_3(function("quantized_linear"), hook("quantized_linear")),
         qkv_split=guard_3(function("qkv_split"), hook("qkv_split")),
-        # Whoever computes the experts knows which of them it can compute.
-        supports=supports_of(providers["quantized_moe_apply"], role),
+        supports=checked_support(
+            experts.backend.supports, BoundHook("supports", experts.identity, role)
+        ),
+        supports_linear=checked_support(
+            projections.backend.supports_linear,
+            BoundHook("supports_linear", projections.identity, role),
+        ),
         capabilities=parts.capabilities,
         role=role,
         backend=parts.identity,

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mortise.spec.capabilities import Capabilities, ExpertLayerRequest, Support
+    from mortise.spec.capabilities import (
+        Capabilities,
+        ExpertLayerRequest,
+        LinearLayerRequest,
+        Support,
+    )
     from mortise.spec.dispatch import (
         DispatchDecision,
         DispatchedTokens,
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from mortise.spec.paged_mqa import IndexKeyPages, PagedMQAMetadata
     from mortise.spec.qkv import QKVParts, QKVShape
     from mortise.spec.roles import ForwardMode, ModelRole
+    from mortise.spec.weights import LinearWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +55,7 @@ class Ops:
 
     Args:
         supports: asks before a layer of experts is built whether it can be served.
+        supports_linear: asks the same before a quantised projection outside the experts is built.
         capabilities: facts to plan with.
         role: the model it is bound for.
         backend: who answers, unless a decision records a fallback for a hook.
@@ -56,14 +63,17 @@ class Ops:
 
     resolve_dispatch_dtype: Callable[[DispatchRequest], DispatchDecision]
     prepare_expert_weights: Callable[[ExpertWeights, DispatchDecision], ExpertWeights]
+    prepare_linear_weight: Callable[[LinearWeight], LinearWeight]
     create_token_dispatcher: Callable[[TokenDispatcherRequest], TokenDispatcher | NotSupported]
     paged_mqa_metadata: Callable[[torch.Tensor, int, int, ForwardMode], PagedMQAMetadata]
     paged_mqa_logits: Callable[
         [torch.Tensor, IndexKeyPages, torch.Tensor, torch.Tensor, PagedMQAMetadata], torch.Tensor
     ]
     quantized_moe_apply: Callable[[DispatchedTokens, ExpertWeights, torch.dtype], torch.Tensor]
+    quantized_linear: Callable[[torch.Tensor, LinearWeight, torch.dtype], torch.Tensor]
     qkv_split: Callable[[torch.Tensor, torch.Tensor, QKVShape], QKVParts]
     supports: Callable[[ExpertLayerRequest], Support]
+    supports_linear: Callable[[LinearLayerRequest], Support]
     capabilities: Capabilities
     role: ModelRole
     backend: BackendIdentity

@@ -17,7 +17,7 @@ from mortise.plugin import (
     WeightScheme,
     hookimpl,
 )
-from mortise.reference import attention, dispatch, moe, qkv
+from mortise.reference import attention, dispatch, moe, projections, qkv
 
 if TYPE_CHECKING:
     from mortise.plugin import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ExpertWeights,
         ForwardMode,
         IndexKeyPages,
+        LinearWeight,
         NotSupported,
         PagedMQAMetadata,
         QKVParts,
@@ -106,6 +107,11 @@ class ReferenceBackend(Backend):
         return moe.prepare_expert_weights(experts, decision)
 
     @hookimpl
+    def prepare_linear_weight(self, linear: LinearWeight) -> LinearWeight:
+        """Leave the weight as it is."""
+        return projections.prepare_linear_weight(linear)
+
+    @hookimpl
     def create_token_dispatcher(
         self, request: TokenDispatcherRequest
     ) -> TokenDispatcher | NotSupported:
@@ -137,6 +143,13 @@ class ReferenceBackend(Backend):
     ) -> torch.Tensor:
         """Run the experts one after the other."""
         return moe.quantized_moe_apply(tokens, experts, out_dtype)
+
+    @hookimpl
+    def quantized_linear(
+        self, rows: torch.Tensor, linear: LinearWeight, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Multiply rows by one projection."""
+        return projections.quantized_linear(rows, linear, out_dtype)
 
     @hookimpl
     def qkv_split(

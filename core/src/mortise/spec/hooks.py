@@ -3,10 +3,11 @@
 Each hook is described by a :class:`HookSpec` (version, phase) and by the signature and docstring
 of the function of the same name below, which are the contract. Symbols: T tokens, H hidden,
 I expert intermediate, E experts, E_l local experts, K chosen per token, R received rows,
-P pages, D indexer head dimension, N indexer heads.
+P pages, D indexer head dimension, N indexer heads; of a projection, N rows and K columns.
 
 A hook answers. ``None`` is an error. ``NOT_SUPPORTED`` is legal from ``create_token_dispatcher``
-alone; every other inability is said in ``Backend.supports`` before a layer is built.
+alone; every other inability is said in ``Backend.supports`` or ``Backend.supports_linear`` before a
+layer is built.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mortise.spec.experts import ExpertWeights
     from mortise.spec.paged_mqa import IndexKeyPages, PagedMQAMetadata
     from mortise.spec.qkv import QKVParts, QKVShape
+    from mortise.spec.weights import LinearWeight
 
 PROJECT: Final = "mortise"
 hookspec: Final = pluggy.HookspecMarker(PROJECT)
@@ -72,6 +74,20 @@ def prepare_expert_weights(experts: ExpertWeights, decision: DispatchDecision) -
 
     Returns:
         ``experts`` with its ``prepared`` slot filled, or unchanged where nothing is to be done.
+    """
+    raise AssertionError("a specification is not called")
+
+
+@hookspec(firstresult=True)
+def prepare_linear_weight(linear: LinearWeight) -> LinearWeight:
+    """Lay one quantised projection out for the kernel, once after loading and after each reload.
+
+    Projections outside the experts: attention, shared experts, dense blocks. Idempotent: preparing
+    a prepared weight gives the same. The stored tensors may be consumed (their memory reused) only
+    if ``prepared`` holds everything ``quantized_linear`` needs.
+
+    Returns:
+        ``linear`` with its ``prepared`` slot filled, or unchanged where nothing is to be done.
     """
     raise AssertionError("a specification is not called")
 
@@ -150,6 +166,24 @@ def quantized_moe_apply(
 
 
 @hookspec(firstresult=True)
+def quantized_linear(
+    rows: torch.Tensor, linear: LinearWeight, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Multiply rows by one quantised projection outside the experts, and add its bias.
+
+    Args:
+        rows: ``[T, K]`` in the compute dtype, unquantised, contiguous or not; the scheme of the
+            weight says whether and how they are quantised first. T may be 0.
+        linear: the projection ``[N, K]``, prepared.
+        out_dtype: dtype of the result.
+
+    Returns:
+        ``[T, N]`` of dtype ``out_dtype``; may not alias the input.
+    """
+    raise AssertionError("a specification is not called")
+
+
+@hookspec(firstresult=True)
 def qkv_split(
     projected_qkvz: torch.Tensor, projected_ba: torch.Tensor, shape: QKVShape
 ) -> QKVParts:
@@ -182,10 +216,12 @@ HOOKS: Final[Mapping[str, HookSpec]] = MappingProxyType(
         for name, phase in (
             ("resolve_dispatch_dtype", Phase.POLICY),
             ("prepare_expert_weights", Phase.LAYOUT),
+            ("prepare_linear_weight", Phase.LAYOUT),
             ("create_token_dispatcher", Phase.LAYOUT),
             ("paged_mqa_metadata", Phase.STEP),
             ("paged_mqa_logits", Phase.KERNEL),
             ("quantized_moe_apply", Phase.KERNEL),
+            ("quantized_linear", Phase.KERNEL),
             ("qkv_split", Phase.KERNEL),
         )
     }
@@ -194,6 +230,7 @@ HOOKS: Final[Mapping[str, HookSpec]] = MappingProxyType(
 
 PAIRED_HOOKS: Final = (
     frozenset({"prepare_expert_weights", "quantized_moe_apply"}),
+    frozenset({"prepare_linear_weight", "quantized_linear"}),
     frozenset({"paged_mqa_metadata", "paged_mqa_logits"}),
 )
 """Hooks that share a record only their author can read: one backend answers all of a set."""

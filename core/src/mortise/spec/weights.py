@@ -48,13 +48,14 @@ class StoredWeight:
 
     ``...`` below is nothing or ``E_l``. S is the number of equal parts of N that were separate
     projections in the checkpoint: 2 for gate over up, else 1. G is the number of groups of columns
-    that share a scale; 1 is per channel. Divisions round up.
+    that share a scale; 1 is per channel. B is the number of blocks of rows, counted in each part for
+    itself: S times (N/S)/128. Divisions round up.
 
     ========== ======================== ================================= =========================
     scheme     ``weight``               ``scale``                         other
     ========== ======================== ================================= =========================
     FLOAT      ``[..., N, K]``          None
-    FP8_BLOCK  e4m3 ``[..., N, K]``     float32 ``[..., N/128, K/128]``   ``scale_format``
+    FP8_BLOCK  e4m3 ``[..., N, K]``     float32 ``[..., B, K/128]``       ``scale_format``
     W8A8       int8 ``[..., N, K]``     float32 ``[..., N, 1]``           static: ``input_scale``,
                                                                           ``input_offset``
     W4A8 W4A4  int32 ``[..., N, K/8]``  float32 ``[..., N, G]``
@@ -76,6 +77,7 @@ class StoredWeight:
             the input, absent where only the weights are quantised. W8A8: present if the input is
             quantised statically.
         input_offset: float32 ``[..., S]``, added to the statically quantised input (W8A8).
+        num_parts: S.
         scale_format: FP8_BLOCK: whether the scales are powers of two, the input's too.
     """
 
@@ -85,6 +87,7 @@ class StoredWeight:
     global_scale: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_offset: torch.Tensor | None = None
+    num_parts: int = 1
     scale_format: ScaleFormat = ScaleFormat.FLOAT32
 
 
