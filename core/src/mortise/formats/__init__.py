@@ -1,0 +1,1 @@
+"""Number formats of weights, rows and scales, bit for bit, in plain torch."""
