@@ -100,7 +100,7 @@ def dequantise_int(
     """
     columns, num_groups = values.shape[-1], scale.shape[-1]
     require_divisible(columns, num_groups, "groups of columns")
-    groups = values.float().unflatten(-1, (num_groups, columns // num_groups))
+    groups: torch.Tensor = values.float().unflatten(-1, (num_groups, columns // num_groups))
     return groups.mul(scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
 
 
