@@ -124,9 +124,9 @@ def test_its_roles_count_apart() -> None:
 
 
 @pytest.mark.usefixtures("toy")
-def test_it_leaves_five_hooks_to_the_reference() -> None:
+def test_it_leaves_seven_hooks_to_the_reference() -> None:
     bound = load_backend("toy", role=ModelRole.MAIN, options={"num_workers": 2})
-    assert len(bound.fallbacks) == 5
+    assert len(bound.fallbacks) == 7
     assert bound.ops.capabilities.num_workers == 2
     assert bound.row.manifest_path == str(TOY / "src" / "mortise_toy" / "backend.toml")
 

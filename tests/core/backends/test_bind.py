@@ -4,10 +4,11 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from mortise.backends import load_backend
 from mortise.errors import BackendError, BackendUnusableError, ConfigError, ContractError
-from mortise.plugin import ExpertLayerRequest, WeightScheme
+from mortise.plugin import ExpertLayerRequest, LinearLayerRequest, WeightScheme
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ModelRole
 from mortise.testing.distributions import QKV_SPLIT, backend_code
@@ -173,9 +174,7 @@ def create(cls, context):
     assert main.ops.qkv_split is not draft.ops.qkv_split
 
 
-def request(scheme: WeightScheme) -> ExpertLayerRequest:
-    import torch
-
+def request(scheme: WeightScheme, compute_dtype: torch.dtype = torch.float32) -> ExpertLayerRequest:
     return ExpertLayerRequest(
         role=ModelRole.MAIN,
         layer="model.layers.1.mlp",
@@ -185,7 +184,7 @@ def request(scheme: WeightScheme) -> ExpertLayerRequest:
         num_experts_per_tok=1,
         hidden_size=4,
         intermediate_size=4,
-        compute_dtype=torch.float32,
+        compute_dtype=compute_dtype,
     )
 
 
@@ -201,12 +200,73 @@ IMPLEMENTS_MOE = {"prepare_expert_weights": 1, "quantized_moe_apply": 1}
 
 def test_who_computes_the_experts_says_which_it_supports(installed: FakeDistribution) -> None:
     installed.add_backend("toy")
-    answer = load_backend("toy", role=ModelRole.MAIN).ops.supports(request(WeightScheme.W8A8))
+    half = request(WeightScheme.FLOAT, torch.float16)
+    answer = load_backend("toy", role=ModelRole.MAIN).ops.supports(half)
     assert not answer.ok
-    assert answer.reason == "w13 is stored as w8a8"
+    assert answer.reason == "the compute dtype is torch.float16"
 
     installed.add_backend("own", code=backend_code(MOE), manifest={"implements": IMPLEMENTS_MOE})
-    assert load_backend("own", role=ModelRole.MAIN).ops.supports(request(WeightScheme.W8A8)).ok
+    assert load_backend("own", role=ModelRole.MAIN).ops.supports(half).ok
+
+
+LINEAR = """
+@hookimpl
+def prepare_linear_weight(self, linear): return linear
+
+@hookimpl
+def quantized_linear(self, rows, linear, out_dtype): return rows
+"""
+IMPLEMENTS_LINEAR = {"prepare_linear_weight": 1, "quantized_linear": 1}
+
+
+def projection(scheme: WeightScheme) -> LinearLayerRequest:
+    return LinearLayerRequest(
+        role=ModelRole.MAIN,
+        layer="model.layers.0.mlp.down_proj",
+        scheme=scheme,
+        out_features=4,
+        in_features=16,
+        num_groups=1,
+        static_input=False,
+        compute_dtype=torch.float32,
+    )
+
+
+def test_who_computes_the_projections_says_which_it_supports(installed: FakeDistribution) -> None:
+    manifest = {"implements": IMPLEMENTS_LINEAR}
+    installed.add_backend("own", code=backend_code(LINEAR), manifest=manifest)
+    ops = load_backend("own", role=ModelRole.MAIN).ops
+    # Its capabilities list FLOAT alone, and it does not override the method.
+    assert ops.supports_linear(projection(WeightScheme.FLOAT)).ok
+    answer = ops.supports_linear(projection(WeightScheme.W4A8))
+    assert not answer.ok
+    assert answer.reason == "its weight is stored as w4a8"
+
+    anything = LINEAR + "def supports_linear(self, request): return Support(ok=True)"
+    installed.add_backend("wide", code=backend_code(anything), manifest=manifest)
+    ops = load_backend("wide", role=ModelRole.MAIN).ops
+    assert ops.supports_linear(projection(WeightScheme.W4A8)).ok
+    # The experts are the reference's, and it answers for them.
+    assert not ops.supports(request(WeightScheme.FLOAT, torch.float16)).ok
+
+
+def test_a_pair_of_projection_hooks_is_whole_or_absent(installed: FakeDistribution) -> None:
+    installed.add_backend("half", manifest={"implements": {"quantized_linear": 1}})
+    with pytest.raises(BackendUnusableError, match="without prepare_linear_weight"):
+        load_backend("half", role=ModelRole.MAIN)
+
+
+@pytest.mark.parametrize("answer", ["None", "True"])
+def test_supports_linear_must_answer_with_a_reason(
+    installed: FakeDistribution, answer: str
+) -> None:
+    methods = LINEAR + f"def supports_linear(self, request): return {answer}"
+    manifest = {"implements": IMPLEMENTS_LINEAR}
+    installed.add_backend("toy", code=backend_code(methods), manifest=manifest)
+    ops = load_backend("toy", role=ModelRole.MAIN).ops
+    with pytest.raises(ContractError, match=r"supports_linear.* returned") as caught:
+        ops.supports_linear(projection(WeightScheme.FLOAT))
+    assert "toy" in str(caught.value)
 
 
 def test_supports_must_answer_with_a_reason(installed: FakeDistribution) -> None:
