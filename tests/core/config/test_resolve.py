@@ -28,6 +28,7 @@ def test_no_layer_gives_the_defaults() -> None:
     resolved = resolve([])
     assert resolved.config == EngineConfig()
     assert set(resolved.origins.values()) == {"default"}
+    assert resolved.sources == ()
     assert list(resolved.origins)[:2] == ["model", "backend"]
     assert "cache.num_pages" in resolved.origins
 
@@ -46,6 +47,7 @@ def test_a_stronger_layer_wins_key_by_key() -> None:
     assert resolved.origins["cache.max_num_tokens"] == "file a.toml"
     assert resolved.origins["cache.num_pages"] == "command line --pages"
     assert resolved.origins["cache.page_size"] == "default"
+    assert resolved.sources == ("file a.toml", "command line --pages")
 
 
 def test_options_of_backends_are_merged_and_arrays_replaced() -> None:
@@ -96,6 +98,7 @@ def test_origins_of_a_configuration_made_in_python() -> None:
     assert resolved.config is config
     given_keys = {key for key, origin in resolved.origins.items() if origin == "Python"}
     assert given_keys == {"backend", "cache.num_pages"}
+    assert resolved.sources == ("Python",)
 
 
 def test_a_value_equal_to_the_default_still_has_its_origin() -> None:

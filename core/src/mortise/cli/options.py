@@ -23,6 +23,7 @@ CONFIGURATION_OPTIONS: Final = (
     ("--device", "device", "device"),
     ("--dtype", "dtype", "dtype"),
     ("--dispatch-dtype", "dispatch_dtype", "dispatch.dtype"),
+    ("--draft-dispatch-dtype", "draft_dispatch_dtype", "dispatch.draft_dtype"),
     ("--threads", "threads", "threads"),
     ("--strict", "strict", "strict"),
 )
@@ -52,6 +53,11 @@ def configuration_options(command: Command) -> Command:
                 "--dispatch-dtype",
                 metavar="auto|bf16|fp8|int8|nvfp4",
                 help="Format in which tokens travel to the experts.",
+            ),
+            click.option(
+                "--draft-dispatch-dtype",
+                metavar="auto|bf16|fp8|int8|nvfp4",
+                help="The same for the draft model.",
             ),
             click.option("--threads", type=int, help="Threads of one operation on the processor."),
             click.option(

@@ -92,16 +92,55 @@ class SchedulerConfig(Section):
 
 
 class DispatchConfig(Section):
-    """Overrides of the format in which tokens travel to the experts."""
+    """Overrides of the format in which tokens travel to the experts.
+
+    The strongest place that says anything about a model is heard; in it, the key of a mode goes
+    before the general one.
+    """
 
     dtype: DispatchChoice = Field(
         default="auto",
         description="Dispatch format of the main model; `auto` leaves the choice to the layers and"
         " the backend, and is not the same as `bf16`.",
     )
+    normal_dtype: DispatchChoice = Field(
+        default="auto",
+        description="The same for the normal exchange alone. It goes before `dispatch.dtype` of the"
+        " same place; a stronger place goes before both, and takes them back with `auto`.",
+    )
+    low_latency_dtype: DispatchChoice = Field(
+        default="auto", description="Likewise for the low-latency exchange alone."
+    )
     draft_dtype: DispatchChoice = Field(
         default="auto",
         description="Dispatch format of the draft model, decided apart from the main one.",
+    )
+    draft_normal_dtype: DispatchChoice = Field(
+        default="auto", description="Likewise for the draft model's normal exchange alone."
+    )
+    draft_low_latency_dtype: DispatchChoice = Field(
+        default="auto",
+        description="Likewise for the draft model's low-latency exchange alone.",
+    )
+    mode: Literal["auto", "normal", "low_latency"] = Field(
+        default="auto",
+        description="Exchange by which several processes send tokens to their experts; `auto` is"
+        " `low_latency` for a step in which no process reads a prompt and none has more tokens"
+        " than `dispatch.max_tokens_per_rank`, else `normal`; for one process it is `normal`.",
+    )
+    max_tokens_per_rank: PositiveInt = Field(
+        default=128,
+        description="Tokens that one process may send in a `low_latency` exchange; memory for"
+        " this many from every process is set aside.",
+    )
+
+
+class ParallelConfig(Section):
+    """Several processes that share a model's experts, started by torchrun."""
+
+    timeout_seconds: PositiveInt = Field(
+        default=60,
+        description="How long one process waits for another before it gives up with an error.",
     )
 
 
@@ -149,6 +188,7 @@ class EngineConfig(Section):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     dispatch: DispatchConfig = DispatchConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:

@@ -29,16 +29,19 @@ class ResolvedConfig:
         config: the merged values.
         origins: for every dotted key where its value came from: ``default``, ``file engine.toml``,
             ``command line --backend``.
+        sources: the places that were merged, the weakest first; ``default`` is none of them.
     """
 
     config: EngineConfig
     origins: Mapping[str, str]
+    sources: tuple[str, ...]
 
     @classmethod
     def of(cls, config: EngineConfig, source: str = "Python") -> ResolvedConfig:
         """A configuration made in Python: what was given explicitly came from ``source``."""
         given = config.model_dump(exclude_unset=True)
-        return cls(config=config, origins=origins_of(config, [(source, given)]))
+        origins = origins_of(config, [(source, given)])
+        return cls(config=config, origins=origins, sources=(source,))
 
 
 def resolve(layers: Sequence[Layer]) -> ResolvedConfig:
@@ -61,7 +64,11 @@ def resolve(layers: Sequence[Layer]) -> ResolvedConfig:
     for _, values in layers:
         merged = merge(merged, thaw(values))
     config = EngineConfig.model_validate(merged)
-    return ResolvedConfig(config=config, origins=origins_of(config, layers))
+    return ResolvedConfig(
+        config=config,
+        origins=origins_of(config, layers),
+        sources=tuple(source for source, _ in layers),
+    )
 
 
 def problems_of(layer: Layer) -> list[Problem]:
