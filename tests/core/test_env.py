@@ -4,8 +4,16 @@ import os
 
 import pytest
 
-from mortise.env import Environment, read_environment
+from mortise.env import Environment, Launch, read_environment
 from mortise.errors import ConfigError
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
 
 
 def test_nothing_set() -> None:
@@ -68,6 +76,46 @@ def test_reading_writes_nothing() -> None:
     read_environment(environ)
     assert environ == before
     assert dict(os.environ) == process_before
+
+
+def test_what_torchrun_sets_is_one_record() -> None:
+    launch = Launch(rank=3, world_size=4, local_rank=1, master_addr="localhost", master_port=29500)
+    assert read_environment(TORCHRUN).launch == launch
+
+
+@pytest.mark.parametrize(("text", "served"), [("True", True), ("False", False), ("", False)])
+def test_torchrun_says_whether_it_listens_itself(text: str, served: bool) -> None:
+    launch = read_environment(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": text}).launch
+    assert launch is not None
+    assert launch.agent_store is served
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_a_missing_variable_of_torchrun_is_named(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_environment(TORCHRUN | {name: ""})
+    assert caught.value.what == f"environment variables of torchrun are missing: {name}"
+    assert caught.value.expected == (
+        "all of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, or none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("RANK", "4", "a number from 0 to 3"),
+        ("RANK", "-1", "a number from 0 to 3"),
+        ("RANK", "first", "a number from 0 to 3"),
+        ("WORLD_SIZE", "0", "a number from 1 to 2147483647"),
+        ("LOCAL_RANK", "1.5", "a number from 0 to 3"),
+        ("MASTER_PORT", "65536", "a number from 1 to 65535"),
+    ],
+)
+def test_an_impossible_number_of_torchrun_is_named(name: str, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_environment(TORCHRUN | {name: text})
+    assert caught.value.what == f"environment variable {name} is {text!r}"
+    assert caught.value.expected == expected
 
 
 def test_the_record_is_frozen() -> None:
