@@ -205,8 +205,9 @@ def test_a_dtype_that_cannot_be_placed(tmp_path: Path, stored: torch.dtype) -> N
         "    a_scale_inv",
         "  expected: bfloat16, float16 or float32, or exactly the dtype of the parameter",
         (
-            "  remedy: the checkpoint is quantised or does not belong to this config.json: use the"
-            " model's unquantised (bfloat16) version"
+            "  remedy: a quantised checkpoint must say how its projections are stored, in"
+            " quantization_config of config.json (ModelSlim: in quant_model_description.json):"
+            " download these files too; embeddings, norms and routers are read unquantised only"
         ),
     ]
 

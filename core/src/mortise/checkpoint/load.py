@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mortise.checkpoint.misfits import check_fit
+from mortise.checkpoint.misfits import check_fit, read_along
 
 if TYPE_CHECKING:
     from mortise.checkpoint.placement import Placement, Skip
@@ -26,7 +26,7 @@ class LoadReport:
     """What became of every tensor.
 
     Args:
-        placed: names of tensors that were copied, in the order of reading.
+        placed: names of tensors whose values were used, in the order of the files.
         skipped: names of tensors that were not read, each with the reason.
         absent: names of optional tensors that the checkpoint does not hold.
         bytes: stored bytes that were read.
@@ -52,7 +52,9 @@ def load_weights(
     Names, shapes and dtypes of everything are checked first; if anything does not fit, nothing has
     been changed. Then one tensor at a time is mapped and copied, so that beside the parameters no
     second copy of the model exists. bfloat16, float16 and float32 are converted into each other;
-    any other dtype must be the target's.
+    any other dtype must be the target's, unless the placement converts it. Conversions check the
+    values they see, so an error of theirs leaves some targets filled: such a model is not to be
+    used.
 
     Args:
         tensors: the opened checkpoint.
@@ -64,18 +66,22 @@ def load_weights(
         TensorMismatchError: a tensor has the wrong shape or a dtype that cannot be placed.
         MissingTensorError: the checkpoint lacks tensors that are not optional.
         UnexpectedTensorError: the checkpoint holds tensors that are neither placed nor skipped.
+        QuantizationConfigError: a quantised tensor's values contradict what is said of them.
+        ScaleError: scales are not finite or not positive.
         CorruptFileError: a file was damaged after it had been opened.
     """
     started = time.perf_counter()
     wanted: dict[str, list[Placement]] = defaultdict(list)
     for placement in placements:
         wanted[placement.name].append(placement)
-    skipped = skipped_names((name for name in tensors.names() if name not in wanted), skips)
+    used = {*wanted, *read_along(wanted)}
+    skipped = skipped_names((name for name in tensors.names() if name not in used), skips)
     check_fit(tensors, wanted, skipped)
-    placed = [name for name in tensors.names() if name in wanted]
+    placed = [name for name in tensors.names() if name in used]
     num_bytes = 0
     for name in placed:
-        copy_tensor(tensors, name, [placement.target for placement in wanted[name]])
+        if name in wanted:
+            place_tensor(tensors, name, wanted[name])
         nbytes = tensors.stored(name).nbytes
         num_bytes += nbytes
         if progress is not None:
@@ -91,11 +97,14 @@ def load_weights(
 
 
 @torch.no_grad()
-def copy_tensor(tensors: CheckpointTensors, name: str, targets: Sequence[torch.Tensor]) -> None:
+def place_tensor(tensors: CheckpointTensors, name: str, placements: Sequence[Placement]) -> None:
     """Read one tensor, fill its targets and let go of it."""
     stored = tensors.read(name)
-    for target in targets:
-        target.copy_(stored)
+    for placement in placements:
+        convert, target = placement.convert, placement.target
+        values = stored if convert is None else convert(stored, tensors.read)
+        assert values.shape == target.shape, f"{name} was converted into {list(values.shape)}"
+        target.copy_(values)
 
 
 def skipped_names(names: Iterable[str], skips: Sequence[Skip]) -> dict[str, str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import heapq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from mortise.checkpoint.placement import StoredForm
 from mortise.errors import (
     MissingTensorError,
     TensorMismatchError,
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from mortise.checkpoint.placement import Placement
     from mortise.checkpoint.tensors import CheckpointTensors, StoredTensor
+
+Expected: TypeAlias = StoredForm | torch.Tensor
+"""What a stored tensor has to look like: a form of its own, or its target."""
 
 CONVERTIBLE = frozenset({torch.bfloat16, torch.float16, torch.float32})
 LISTED_NAMES = 10
@@ -58,12 +62,15 @@ def check_fit(
         MissingTensorError: a tensor that is not optional is not there.
         UnexpectedTensorError: a tensor is neither placed nor skipped.
     """
+    along = read_along(wanted)
     missing = [
         name
         for name, placements in wanted.items()
         if name not in tensors and not all(placement.optional for placement in placements)
     ]
-    unexpected = [name for name in tensors.names() if name not in wanted and name not in skipped]
+    missing += [name for name in along if name not in tensors and name not in wanted]
+    explained = {*wanted, *along, *skipped}
+    unexpected = [name for name in tensors.names() if name not in explained]
     # A dtype that cannot be placed comes first: it explains the scales nobody expects beside it.
     misfits = [
         *dtype_misfits(tensors, wanted),
@@ -87,14 +94,24 @@ def one_error(misfits: Sequence[Misfit]) -> WeightsError:
     )
 
 
+def read_along(wanted: Mapping[str, Sequence[Placement]]) -> dict[str, StoredForm]:
+    """Tensors that are used only through the conversion of another, and what they look like."""
+    return {
+        name: form
+        for placements in wanted.values()
+        for placement in placements
+        for name, form in placement.also.items()
+    }
+
+
 def dtype_misfits(
     tensors: CheckpointTensors, wanted: Mapping[str, Sequence[Placement]]
 ) -> Iterable[Misfit]:
     """Tensors whose stored dtype cannot be placed."""
     lines = [
-        f"{name} is {short(stored.dtype)}, placed into {short(placement.target.dtype)}"
-        for name, stored, placement in pairs(tensors, wanted)
-        if not is_placeable(stored.dtype, placement.target.dtype)
+        f"{stored.name} is {short(stored.dtype)}, {dtype_wanted(form)}"
+        for stored, form in pairs(tensors, wanted)
+        if not is_placeable(stored.dtype, form)
     ]
     if lines:
         yield Misfit(
@@ -102,20 +119,20 @@ def dtype_misfits(
             what=f"{counted(lines, 'tensor')} in a dtype that this model cannot place",
             details=listed(lines),
             expected="bfloat16, float16 or float32, or exactly the dtype of the parameter",
-            remedy="the checkpoint is quantised or does not belong to this config.json: use the"
-            " model's unquantised (bfloat16) version",
+            remedy="a quantised checkpoint must say how its projections are stored, in"
+            " quantization_config of config.json (ModelSlim: in quant_model_description.json):"
+            " download these files too; embeddings, norms and routers are read unquantised only",
         )
 
 
 def shape_misfits(
     tensors: CheckpointTensors, wanted: Mapping[str, Sequence[Placement]]
 ) -> Iterable[Misfit]:
-    """Tensors whose shape is not that of their target."""
+    """Tensors whose shape is not the expected one."""
     lines = [
-        f"{name} is {list(stored.shape)} in {stored.path.name},"
-        f" expected {list(placement.target.shape)}"
-        for name, stored, placement in pairs(tensors, wanted)
-        if stored.shape != tuple(placement.target.shape)
+        f"{stored.name} is {list(stored.shape)} in {stored.path.name}, expected {shapes(form)}"
+        for stored, form in pairs(tensors, wanted)
+        if stored.shape not in shapes_of(form)
     ]
     if lines:
         yield Misfit(
@@ -155,17 +172,39 @@ def unexpected_misfits(unexpected: Sequence[str], candidates: Sequence[str]) -> 
 
 def pairs(
     tensors: CheckpointTensors, wanted: Mapping[str, Sequence[Placement]]
-) -> Iterable[tuple[str, StoredTensor, Placement]]:
-    """Each placement with the tensor that is there for it."""
+) -> Iterable[tuple[StoredTensor, Expected]]:
+    """Each tensor that is there with what it has to look like."""
     for name, placements in wanted.items():
         if name in tensors:
             stored = tensors.stored(name)
-            yield from ((name, stored, placement) for placement in placements)
+            yield from ((stored, placement.stored or placement.target) for placement in placements)
+    for name, form in read_along(wanted).items():
+        if name in tensors:
+            yield tensors.stored(name), form
 
 
-def is_placeable(stored: torch.dtype, target: torch.dtype) -> bool:
-    """Whether copying keeps the meaning of the numbers."""
-    return stored == target or {stored, target} <= CONVERTIBLE
+def is_placeable(stored: torch.dtype, expected: Expected) -> bool:
+    """Whether the placement can make its target of the stored numbers and keep their meaning."""
+    if isinstance(expected, StoredForm):
+        return stored in expected.dtypes
+    return stored == expected.dtype or {stored, expected.dtype} <= CONVERTIBLE
+
+
+def dtype_wanted(expected: Expected) -> str:
+    """``placed into bfloat16``, or ``expected int8 or uint8`` where it is converted."""
+    if isinstance(expected, StoredForm):
+        return f"expected {' or '.join(map(short, expected.dtypes))}"
+    return f"placed into {short(expected.dtype)}"
+
+
+def shapes_of(expected: Expected) -> tuple[tuple[int, ...], ...]:
+    """The shapes that a stored tensor may have."""
+    return expected.shapes if isinstance(expected, StoredForm) else (tuple(expected.shape),)
+
+
+def shapes(expected: Expected) -> str:
+    """``[4, 3]``, or ``[4, 3] or [4]``."""
+    return " or ".join(str(list(shape)) for shape in shapes_of(expected))
 
 
 def listed(names: Sequence[str], candidates: Sequence[str] = (), label: str = "") -> list[str]:

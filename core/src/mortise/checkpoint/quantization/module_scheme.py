@@ -74,12 +74,12 @@ class Unquantised:
 
     __slots__ = ()
 
-    def common_scheme(self, modules: Sequence[str]) -> ModuleScheme:
+    def common_scheme(self, modules: Sequence[str]) -> ModuleScheme:  # noqa: ARG002
         """See :class:`SchemeLookup`."""
         return ModuleScheme()
 
     def placements(
-        self, module: str, target: StoredWeight, scheme: ModuleScheme
+        self, module: str, target: StoredWeight, scheme: ModuleScheme  # noqa: ARG002
     ) -> Iterator[Placement]:
         """See :class:`SchemeLookup`; nothing is quantised, so nobody asks."""
         raise AssertionError(f"{module} is not quantised")
