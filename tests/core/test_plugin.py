@@ -38,6 +38,7 @@ def test_every_record_of_the_contract_is_there(name: str) -> None:
         name
         for name, value in vars(module).items()
         if inspect.isclass(value) and value.__module__ == module.__name__
+        if not name.startswith("_")
     }
     assert defined <= set(plugin.__all__)
 

@@ -11,6 +11,7 @@ from mortise.spec.dispatch import (
     DispatchDecision,
     DispatchDtype,
     DispatchFormat,
+    DispatchMode,
     RowLayout,
     ScaleLayout,
 )
@@ -21,7 +22,7 @@ from mortise.spec.weights import ScaleFormat
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mortise.spec.dispatch import DispatchMode, DispatchRequest
+    from mortise.spec.dispatch import DispatchRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,21 @@ class DispatchPolicy:
     alignment: int = 1
 
     def __post_init__(self) -> None:
-        missing = [dtype.value for dtype in DispatchDtype if dtype not in self.actions]
+        said = {*self.actions, *self.row_layouts}
+        missing = [one.value for one in (*DispatchDtype, *DispatchMode) if one not in said]
         assert not missing, f"policy of {self.device} says nothing of {', '.join(missing)}"
+        sent = {action.dtype for action in self.actions.values() if isinstance(action, Substitute)}
+        for dtype in sent | ({self.default} if self.default else set()):
+            assert isinstance(self.actions[dtype], Exact), f"{self.device} cannot send {dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """The format that the strongest rule asks for, before the device has its word."""
+
+    dtype: DispatchDtype
+    rule: DecisionRule
+    reason: str
 
 
 def decide_by_authority(request: DispatchRequest, policy: DispatchPolicy) -> DispatchDecision:
@@ -72,78 +86,77 @@ def decide_by_authority(request: DispatchRequest, policy: DispatchPolicy) -> Dis
 
     Raises:
         ConfigError: the user's override is refused by the device, or the layer's experts cannot
-            consume what it becomes.
+            consume what it becomes, or lack the global scale that it needs.
         BackendUnusableError: the same, of a format that the user did not ask for.
     """
-    asked, rule, reason = _asked(request, policy)
-    dtype = _by_policy(asked, rule, reason, request, policy)
-    if dtype not in request.accepted:
-        became = "" if dtype is asked else f", which {policy.device} sends as {dtype.value}"
-        raise _refusal(
-            request,
-            rule,
-            f"layer {request.layer}: its experts cannot consume {asked.value} rows{became}"
-            f" ({reason})",
-        )
+    wish = _wish(request, policy)
+    dtype, why = _by_policy(wish, request, policy)
+    _require_consumed(dtype, wish, request, policy)
     return DispatchDecision(
         format=_format(dtype, request, policy),
-        rule=rule,
-        reason=reason,
-        asked=None if dtype is asked else asked,
+        rule=wish.rule,
+        reason=f"{wish.reason}; {why}" if why else wish.reason,
+        asked=None if dtype is wish.dtype else wish.dtype,
         source="" if request.override is None else request.override.source,
     )
 
 
-def _asked(
-    request: DispatchRequest, policy: DispatchPolicy
-) -> tuple[DispatchDtype, DecisionRule, str]:
+def _wish(request: DispatchRequest, policy: DispatchPolicy) -> _Wish:
     plain = unquantised(request.compute_dtype)
     if request.override is not None:
         reason = f"asked for by {request.override.source}"
-        return request.override.value, DecisionRule.OVERRIDE, reason
+        return _Wish(request.override.value, DecisionRule.OVERRIDE, reason)
     if request.input_global_scale is not None:
         reason = "the checkpoint carries a global scale for the experts' input"
-        return DispatchDtype.NVFP4, DecisionRule.EXPERT_METHOD, reason
+        return _Wish(DispatchDtype.NVFP4, DecisionRule.EXPERT_METHOD, reason)
     if request.requested_in_mode is not None:
         reason = f"the expert method asks for it in mode {request.mode.value}"
-        return request.requested_in_mode, DecisionRule.EXPERT_METHOD, reason
+        return _Wish(request.requested_in_mode, DecisionRule.EXPERT_METHOD, reason)
     if request.requested is not None:
         reason = f"{request.scheme_w13.value} experts ask for it"
-        return request.requested, DecisionRule.EXPERT_METHOD, reason
+        return _Wish(request.requested, DecisionRule.EXPERT_METHOD, reason)
     if request.runner_quantises:
-        return plain, DecisionRule.RUNNER, f"runner {request.runner} quantises by itself"
+        return _Wish(plain, DecisionRule.RUNNER, f"runner {request.runner} quantises by itself")
     reason = f"nobody asks; {policy.device} sends it by default"
-    return policy.default or plain, DecisionRule.DEVICE_DEFAULT, reason
+    return _Wish(policy.default or plain, DecisionRule.DEVICE_DEFAULT, reason)
 
 
 def _by_policy(
-    asked: DispatchDtype,
-    rule: DecisionRule,
-    reason: str,
-    request: DispatchRequest,
-    policy: DispatchPolicy,
-) -> DispatchDtype:
-    match policy.actions[asked]:
+    wish: _Wish, request: DispatchRequest, policy: DispatchPolicy
+) -> tuple[DispatchDtype, str]:
+    """What the device makes of a format, and why where that is another one."""
+    match policy.actions[wish.dtype]:
         case Exact():
-            return asked
-        case Substitute(dtype):
-            return dtype
+            return wish.dtype, ""
+        case Substitute(dtype, why):
+            instead = f"{dtype.value} instead of {wish.dtype.value}"
+            return dtype, f"{policy.device} sends {instead}: {why}"
         case Refuse(why):
-            raise _refusal(
-                request,
-                rule,
-                f"layer {request.layer}: {policy.device} cannot send {asked.value} rows: {why}"
-                f" ({reason})",
-            )
+            what = f"{policy.device} cannot send {wish.dtype.value} rows: {why}"
+            raise _refusal(wish, request, what)
         case action:
             assert_never(action)
 
 
+def _require_consumed(
+    dtype: DispatchDtype, wish: _Wish, request: DispatchRequest, policy: DispatchPolicy
+) -> None:
+    if dtype not in request.accepted:
+        became = "" if dtype is wish.dtype else f", which {policy.device} sends as {dtype.value}"
+        what = f"its experts cannot consume {wish.dtype.value} rows{became}"
+        raise _refusal(wish, request, what)
+    if dtype is DispatchDtype.NVFP4 and request.input_global_scale is None:
+        what = f"{dtype.value} rows need a global scale, and the checkpoint carries none for them"
+        raise _refusal(wish, request, what)
+
+
 def _refusal(
-    request: DispatchRequest, rule: DecisionRule, what: str
+    wish: _Wish, request: DispatchRequest, what: str
 ) -> ConfigError | BackendUnusableError:
-    expected = f"one of {', '.join(dtype.value for dtype in request.accepted)}"
-    if rule is DecisionRule.OVERRIDE:
+    what = f"layer {request.layer}: {what} ({wish.reason})"
+    others = [dtype.value for dtype in request.accepted if dtype is not wish.dtype]
+    expected = f"one of {', '.join(others)}" if others else f"a device for {wish.dtype.value} rows"
+    if wish.rule is DecisionRule.OVERRIDE:
         return ConfigError(
             what, expected=expected, remedy="remove the override, or choose an accepted format"
         )
