@@ -136,6 +136,21 @@ def test_rows_are_laid_out_as_stated(stated: DispatchFormat, shape: tuple[int, .
         assert str(scales.dtype) == SCALE_DTYPES[stated.scale_format]
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "groups", "words"), [(16, 1, 1), (128, 1, 1), (512, 4, 1), (528, 5, 2)]
+)
+def test_scales_of_float8_fill_words(hidden_size: int, groups: int, words: int) -> None:
+    by_format = {stated.scale_format: stated for stated in formats_of(DispatchDtype.FP8_E4M3)}
+    rows = ((hidden_size,), torch.float8_e4m3fn)
+    plain = row_tensors(by_format[ScaleFormat.FLOAT32], hidden_size)
+    assert plain == (rows, ((groups,), torch.float32))
+    packed = row_tensors(by_format[ScaleFormat.UE8M0], hidden_size)
+    assert packed == (rows, ((words,), torch.int32))
+    found = quantise_rows(torch.ones(2, hidden_size), by_format[ScaleFormat.UE8M0])[1]
+    assert found is not None
+    assert found.shape == (2, words)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stated", FORMATS, ids=name)
 def test_rows_come_back_in_the_dtype_asked_for(stated: DispatchFormat, dtype: torch.dtype) -> None:
