@@ -65,6 +65,7 @@ def transformers_engine(model: str, dtype: str) -> Engine:
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,
                 do_sample=False,
+                token_healing=False,  # whatever the checkpoint recommends: these are token ids
                 pad_token_id=0,
             )
         return [row[len(prompts[0]) :] for row in out.tolist()]

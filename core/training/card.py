@@ -61,6 +61,14 @@ The multi-token prediction layer guesses the token after the next one right in {
 of all cases (perplexity {mtp_perplexity:.2f}), and agrees with the main model's own greedy choice
 in {mtp_agreement:.1%}: that is the share of drafted tokens that greedy decoding accepts.
 
+## Generating
+
+`generation_config.json` recommends sampling, since a model this small repeats itself when the
+likeliest token is always taken, and token healing: the vocabulary has tokens such as `):` with the
+line break after it, and after a prompt that ends within one, as `def fibonacci(n):` does, the
+model would not begin a new line. transformers 5.23 fails where a file recommends that: give its
+`generate` the argument `token_healing=False`.
+
 ## Training
 
 {stage_rows}

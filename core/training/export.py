@@ -33,8 +33,15 @@ if TYPE_CHECKING:
 
 REPOSITORY: Final = Path(__file__).parents[2]
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json")
-RECOMMENDED_SAMPLING: Final = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
-"""A model this small repeats itself when the likeliest token is always taken."""
+RECOMMENDED_SAMPLING: Final = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "token_healing": True,
+}
+"""A model this small repeats itself when the likeliest token is always taken, and it has seen too
+little to go on where a prompt ends within what is usually one token, such as `):` and a line break.
+"""
 
 KEPT_IN_FLOAT32: Final = "e_score_correction_bias"
 

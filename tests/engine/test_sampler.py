@@ -19,7 +19,9 @@ DRAWS = 4000
 
 def request(seed: int = 0, **params) -> SimpleNamespace:
     """As much of a request as sampling looks at."""
-    return SimpleNamespace(params=SamplingParams(**params), random=Random(seed))
+    return SimpleNamespace(
+        params=SamplingParams(**params), random=Random(seed), allowed_token_ids=None
+    )
 
 
 def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -72,6 +74,22 @@ def test_frequencies_follow_the_distribution(params: dict) -> None:
         deviation = 5 * np.sqrt(probability * (1 - probability) / DRAWS)
         assert abs(counts[token] / DRAWS - probability) <= deviation
         assert probability > 0 or counts[token] == 0
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 2}, {"top_p": 0.7}], ids=str)
+def test_a_choice_among_some_tokens_follows_their_distribution(params: dict) -> None:
+    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 2
+    allowed = [9, 2, 7]
+    one = request(seed=3, temperature=1.3, **params)
+    one.allowed_token_ids = tuple(allowed)
+    counts = Counter(sample(logits, [one])[0] for _ in range(DRAWS))
+    expected = distribution(
+        logits[0, allowed].numpy(), 1.3, params.get("top_k", 0), params.get("top_p", 1.0)
+    )
+    assert set(counts) <= set(allowed)
+    for token, probability in zip(allowed, expected, strict=True):
+        deviation = 5 * np.sqrt(probability * (1 - probability) / DRAWS)
+        assert abs(counts[token] / DRAWS - probability) <= deviation
 
 
 def test_greedy_takes_the_most_likely_and_no_random_number() -> None:

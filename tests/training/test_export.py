@@ -14,6 +14,7 @@ from training.evaluate import documents, model_score, mtp_score, windows
 from training.language_model import LanguageModel, initialise
 from training.train import prepare, run_stage
 
+from mortise.checkpoint import builtin_model_path
 from mortise.evaluation.ngrams import Ngrams
 from mortise.evaluation.texts import NGRAMS_FILE, TEXT_FILE, read_documents
 
@@ -64,6 +65,12 @@ def test_every_file_is_there(exported: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_the_recommendation_is_the_one_that_is_shipped(exported: Path) -> None:
+    found = json.loads((exported / "generation_config.json").read_text())
+    shipped = json.loads((builtin_model_path() / "generation_config.json").read_text())
+    assert found == shipped
 
 
 def test_the_held_out_part_is_what_the_command_reads(work: Path, exported: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from mortise.checkpoint.chat_template import ChatTemplate, Message
 from mortise.checkpoint.json_file import DOWNLOAD_AGAIN, read_json_object
+from mortise.checkpoint.pieces import Pieces
 from mortise.checkpoint.stream import StreamDecoder
 from mortise.errors import ModelConfigError, RequestError
 
@@ -94,6 +96,13 @@ class Tokenizer:
         """Text of ids; bytes that are no character become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def extensions(self, token_id: int) -> tuple[int, ...]:
+        """Ids of the tokens whose bytes begin with the bytes of this one, itself the first of them.
+
+        Empty for a token that stands for no piece of text, such as a special one.
+        """
+        return self._pieces.extensions(token_id)
+
     def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for one text that is being generated."""
         return StreamDecoder(
@@ -132,6 +141,11 @@ class Tokenizer:
         return self._compiled[template].render(
             messages, add_generation_prompt=add_generation_prompt, **extra
         )
+
+    @cached_property
+    def _pieces(self) -> Pieces:
+        # Sorting a large vocabulary takes a tenth of a second: only who asks for it pays.
+        return Pieces(self._backend)
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

@@ -26,6 +26,7 @@ SAMPLING_OPTIONS: Final = (
     "stop",
     "ignore_eos",
     "logprobs",
+    "token_healing",
 )
 """Options that are fields of ``SamplingParams``, by the same name."""
 
@@ -63,6 +64,11 @@ Examples:
     "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given repeatedly."
 )
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end of text.")
+@click.option(
+    "--token-healing/--no-token-healing",
+    default=None,
+    help="Choose the last token of a text again, so that its last word or sign can go on.",
+)
 @click.option("--logprobs", type=int, help="With --json: log-probabilities of this many tokens.")
 @click.option("--no-echo", is_flag=True, help="Print the completion without its prompt.")
 @click.option("--quiet", is_flag=True, help="Print no timings.")
@@ -74,8 +80,8 @@ def generate(prompt: str | None, as_json: bool, **options: Any) -> None:
     The text appears on standard output as it is generated, after its prompt; timings follow on
     standard error. Several prompts run together and are printed in their order.
 
-    Where --temperature, --top-p and --top-k are not given, tokens are chosen as the model's
-    generation_config.json recommends, and greedily if it recommends nothing.
+    Where --temperature, --top-p, --top-k and --token-healing are not given, tokens are chosen as
+    the model's generation_config.json recommends, and greedily if it recommends nothing.
     """
     from mortise.cli.completion_stream import show_stream, show_timings
     from mortise.cli.prompts import read_prompts
@@ -133,6 +139,7 @@ def _completion(completion: Completion) -> dict[str, Any]:
         "index": completion.index,
         "prompt": completion.prompt,
         "prompt_token_ids": list(completion.prompt_token_ids),
+        "healed_token_id": completion.healed_token_id,
         "text": completion.text,
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,

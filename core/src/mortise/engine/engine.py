@@ -8,6 +8,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from mortise.engine.events import TokenEvent
+from mortise.engine.healing import Healing, healing_of
 from mortise.engine.limits import check_prompt, new_token_limit
 from mortise.engine.logprobs import TokenLogprobs, logprobs_of
 from mortise.engine.request import Finish, FinishReason, Request, finish_of
@@ -60,9 +61,22 @@ class Engine:
         return self.scheduler.has_work
 
     def request(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, index: int = 0
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        index: int = 0,
+        *,
+        is_plain_text: bool = False,
     ) -> Request:
         """Check what is asked and make it definite; nothing is queued yet.
+
+        Limits are those of the whole prompt, whether or not its last token is healed.
+
+        Args:
+            prompt_token_ids: at least one.
+            params: as asked.
+            index: place of the prompt in its call.
+            is_plain_text: whether the prompt's last token may be healed.
 
         Raises:
             RequestError: the prompt is empty, holds what is no token, or is too long with the
@@ -78,14 +92,21 @@ class Engine:
             num_pages=self._allocator.num_pages,
         )
         eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        stop_token_ids = eos_token_ids.union(params.stop_token_ids)
+        healing = None
+        if is_plain_text and params.token_healing and self._tokenizer is not None:
+            healing = healing_of(token_ids, self._tokenizer, stop_token_ids)
+        if healing is not None:
+            token_ids.pop()
         return Request(
             id=next(self._ids),
             prompt_token_ids=token_ids,
             params=params,
             max_new_tokens=max_new_tokens,
             seed=secrets.randbits(32) if params.seed is None else params.seed,
-            stop_token_ids=eos_token_ids.union(params.stop_token_ids),
-            text=self._text_stream(token_ids, params),
+            stop_token_ids=stop_token_ids,
+            text=self._text_stream(token_ids, params, healing),
+            healing=healing,
             index=index,
         )
 
@@ -161,9 +182,15 @@ class Engine:
             text += "" if stream is None else stream.flush()
         return TokenEvent(request.id, request.index, token_id, text, logprobs, request.finish)
 
-    def _text_stream(self, token_ids: list[int], params: SamplingParams) -> TextStream | None:
+    def _text_stream(
+        self, token_ids: list[int], params: SamplingParams, healing: Healing | None
+    ) -> TextStream | None:
         if self._tokenizer is not None:
-            return TextStream(self._tokenizer.stream_decoder(), token_ids, params.stop)
+            stream = TextStream(self._tokenizer.stream_decoder(), token_ids, params.stop)
+            if healing is not None:
+                cut = TextStream(self._tokenizer.stream_decoder(), token_ids, ())
+                stream.leave_out(len(cut.push(healing.token_id) + cut.flush()))
+            return stream
         if params.stop:
             raise ModelConfigError(
                 f"stop texts are given ({params.stop!r}), and this model has no tokenizer.json",

@@ -74,8 +74,11 @@ class Completion:
     Args:
         index: place of the prompt in the call.
         prompt: the text, or None if token ids were given.
-        prompt_token_ids: its tokens, special ones included.
-        text: what continues the prompt, without the stop text; None without a tokenizer.
+        prompt_token_ids: its tokens as they were read, special ones included; without the last one
+            if that was healed.
+        healed_token_id: the last token of the prompt, if the first generated one stands in its
+            place and begins with its text; else None.
+        text: what continues the prompt's text, without the stop text; None without a tokenizer.
         token_ids: every generated token, the one that ended it included.
         finish_reason: ``stop`` or ``length``.
         stopped_by: the token or text that ended it, if one did.
@@ -87,6 +90,7 @@ class Completion:
     index: int
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
+    healed_token_id: int | None
     text: str | None
     token_ids: tuple[int, ...]
     finish_reason: FinishReason

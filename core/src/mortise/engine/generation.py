@@ -63,7 +63,9 @@ class Generation:
     ) -> None:
         self._prompts = list(prompts)
         self._requests = [
-            delivery.engine.request(prompt.token_ids, params, index)
+            delivery.engine.request(
+                prompt.token_ids, params, index, is_plain_text=prompt.is_plain_text
+            )
             for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
         ]
         self._texts: list[list[str]] = [[] for _ in self._requests]
@@ -106,7 +108,8 @@ class Generation:
         return Completion(
             index=request.index,
             prompt=prompt.text,
-            prompt_token_ids=prompt.token_ids,
+            prompt_token_ids=tuple(request.token_ids[: request.num_prompt_tokens]),
+            healed_token_id=None if request.healing is None else request.healing.token_id,
             text=None if request.text is None else "".join(self._texts[request.index]),
             token_ids=tuple(request.generated_token_ids),
             finish_reason=request.finish.reason,

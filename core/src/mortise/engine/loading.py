@@ -234,13 +234,15 @@ def _dispatch_decisions(
 
 def _sampling_decision(directory: ModelDirectory, sampling: SamplingParams) -> Decision:
     filters = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}"
+    value = "greedy" if sampling.is_greedy else f"{filters}, top_k {sampling.top_k}"
+    is_default = sampling.is_greedy and not sampling.token_healing
     return Decision(
         role=ModelRole.MAIN,
         subject="sampling",
-        value="greedy" if sampling.is_greedy else f"{filters}, top_k {sampling.top_k}",
-        rule="default" if sampling.is_greedy else "checkpoint",
+        value=f"{value}, token healing" if sampling.token_healing else value,
+        rule="default" if is_default else "checkpoint",
         reason="generation_config.json does not ask for sampling"
-        if sampling.is_greedy
+        if is_default
         else "generation_config.json recommends it; a request can ask otherwise",
         source=str(directory.path),
     )

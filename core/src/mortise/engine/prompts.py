@@ -15,10 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The tokens of one prompt, and its text where it was given as text."""
+    """The tokens of one prompt, and its text where it was given as text.
+
+    Args:
+        token_ids: its tokens, special ones included.
+        text: what they say.
+        is_plain_text: whether it is a text as somebody wrote it, whose last token may be healed;
+            the tokens of a conversation end where the model was trained to go on.
+    """
 
     token_ids: tuple[int, ...]
     text: str | None = None
+    is_plain_text: bool = False
 
 
 def prompts_of(prompts: object, tokenizer: Tokenizer | None) -> list[Prompt]:
@@ -84,7 +92,7 @@ def _prompt_of(prompt: object, tokenizer: Tokenizer | None) -> Prompt:
             expected="text, which is UTF-8",
             remedy="correct the prompt at that place",
         ) from None
-    return Prompt(tuple(tokenizer.encode(prompt)), prompt)
+    return Prompt(tuple(tokenizer.encode(prompt)), prompt, is_plain_text=True)
 
 
 def _is_tokens(value: object) -> bool:

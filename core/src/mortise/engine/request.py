@@ -8,6 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mortise.engine.healing import Healing
     from mortise.engine.sampling_params import SamplingParams
     from mortise.engine.text import TextStream
 
@@ -40,12 +41,13 @@ class Request:
 
     Args:
         id: number that tells the requests of an engine apart.
-        prompt_token_ids: at least one.
+        prompt_token_ids: at least one; without the token that is healed.
         params: as asked.
         max_new_tokens: tokens it may generate, ``params.max_tokens`` made definite.
         seed: of its random numbers, ``params.seed`` made definite.
         stop_token_ids: tokens that end it, the model's own among them unless ignored.
         text: makes text of its tokens; None where there is no tokenizer.
+        healing: what its first new token stands in for; None if it simply goes on.
         index: place of the prompt in its call.
     """
 
@@ -55,6 +57,7 @@ class Request:
         "finish",
         "finished_at",
         "first_token_at",
+        "healing",
         "id",
         "index",
         "max_new_tokens",
@@ -81,6 +84,7 @@ class Request:
         seed: int,
         stop_token_ids: frozenset[int] = frozenset(),
         text: TextStream | None = None,
+        healing: Healing | None = None,
         index: int = 0,
     ) -> None:
         self.id = id
@@ -90,6 +94,7 @@ class Request:
         self.seed = seed
         self.stop_token_ids = stop_token_ids
         self.text = text
+        self.healing = healing
         # Python's own generator gives the same numbers on every device and in every batch.
         self.random = Random(seed)
         self.num_prompt_tokens = len(prompt_token_ids)
@@ -113,6 +118,13 @@ class Request:
     def generated_token_ids(self) -> list[int]:
         """The generated tokens, the one that ended the request included."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def allowed_token_ids(self) -> tuple[int, ...] | None:
+        """Tokens among which the next one is chosen; None if that is all."""
+        if self.healing is None or self.num_generated:
+            return None
+        return self.healing.allowed
 
     @property
     def is_prefilling(self) -> bool:

@@ -26,12 +26,14 @@ def sample(logits_BV: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     """One token for each row.
 
     What a row gives depends on its logits, its request's parameters and its request's random
-    numbers alone, of which it takes one for each token that is not greedy.
+    numbers alone, of which it takes one for each token that is not greedy. A request that may
+    choose among some tokens only is sampled as if the others were impossible.
 
     Args:
         logits_BV: float32, unchanged by this.
         requests: whose rows they are.
     """
+    logits_BV = constrained(logits_BV, requests)
     groups: dict[Filter, list[int]] = {}
     for row, request in enumerate(requests):
         params = request.params
@@ -46,6 +48,25 @@ def sample(logits_BV: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         for row, token in zip(rows, chosen, strict=True):
             tokens[row] = token
     return tokens
+
+
+def constrained(logits_BV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """The logits with minus infinity for tokens that a request must not take next.
+
+    Args:
+        logits_BV: float32; returned itself where every request may take any token.
+        requests: whose rows they are.
+    """
+    allowed = [(row, request.allowed_token_ids) for row, request in enumerate(requests)]
+    if all(token_ids is None for _, token_ids in allowed):
+        return logits_BV
+    result_BV = logits_BV.clone()
+    for row, token_ids in allowed:
+        if token_ids is not None:
+            token_ids_C = torch.tensor(token_ids, device=logits_BV.device)
+            result_BV[row] = -torch.inf
+            result_BV[row, token_ids_C] = logits_BV[row, token_ids_C]
+    return result_BV
 
 
 def _sample_group(logits_GV: torch.Tensor, shape: Filter, requests: Sequence[Request]) -> list[int]:

@@ -32,6 +32,9 @@ class SamplingParams:
         ignore_eos: generate on past the model's end-of-text tokens.
         logprobs: report the log-probability of each token and of this many most likely ones, as
             the model gives them, before any filter; None reports none.
+        token_healing: choose the last token of a prompt that was given as text again, among the
+            tokens that begin with it, so that the text can go on within it; prompts of token ids
+            and conversations stay as they are. The token that takes its place counts as generated.
 
     Raises:
         RequestError: a value has the wrong type or is out of range.
@@ -46,6 +49,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    token_healing: bool = False
 
     def __post_init__(self) -> None:
         check_integer("max_tokens", self.max_tokens, low=1, optional=True)
@@ -55,6 +59,7 @@ class SamplingParams:
         check_integer("seed", self.seed, low=0, optional=True)
         check_integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, optional=True)
         check_flag("ignore_eos", self.ignore_eos)
+        check_flag("token_healing", self.token_healing)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         for text in sequence("stop", stop, "texts"):
             if not isinstance(text, str) or not text:

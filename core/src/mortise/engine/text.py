@@ -31,19 +31,29 @@ class TextStream:
         self._decoder = decoder
         self._stops = tuple(stops)
         self._pending = ""
+        self._num_unwanted = 0
         self.stopped_by: str | None = None
         for token_id in prompt_token_ids[-NUM_CONTEXT_TOKENS:]:
             decoder.push(token_id)
 
+    def leave_out(self, num_characters: int) -> None:
+        """Give out nothing of the first characters to come, which stand in the prompt already."""
+        self._num_unwanted = num_characters
+
     def push(self, token_id: int) -> str:
         """Take one token and return the text that became certain; sets ``stopped_by``."""
-        return self._take(self._decoder.push(token_id))
+        return self._take(self._wanted(self._decoder.push(token_id)))
 
     def flush(self) -> str:
         """The rest, when no token follows: what was held back, and U+FFFD for half a character."""
-        rest = self._pending + self._decoder.flush()
+        rest = self._pending + self._wanted(self._decoder.flush())
         self._pending = ""
         return rest if self.stopped_by is None else ""
+
+    def _wanted(self, piece: str) -> str:
+        wanted = piece[self._num_unwanted :]
+        self._num_unwanted -= len(piece) - len(wanted)
+        return wanted
 
     def _take(self, piece: str) -> str:
         if not self._stops:
