@@ -1,8 +1,7 @@
-"""Symmetric int8 and int4: quantised rows and weights, and eight int4 values to a word.
+"""Symmetric int8 and int4: quantised rows and weights, and eight int4 values to a word."""
 
-Shapes: N output rows and K columns of a weight, H columns of a row, G groups of columns of one
-output row. All arithmetic is float32, whatever the input's dtype.
-"""
+# N output rows and K columns of a weight, H columns of a row, G groups of columns of one output
+# row. All arithmetic is float32, whatever the dtype of the input.
 
 from __future__ import annotations
 

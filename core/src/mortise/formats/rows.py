@@ -1,8 +1,7 @@
-"""Rows as they travel to the experts: into a dispatch format, out of it, and what memory they take.
+"""Rows as they travel to the experts: into a dispatch format, out of it, and their memory."""
 
-Shapes: ``...`` is R received rows or ``[E_l, capacity]``, H the hidden size. A number of rows of 0
-is legal everywhere.
-"""
+# ``...`` is R received rows or ``[E_l, capacity]``, H the hidden size. A number of rows of 0 is
+# legal everywhere.
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""A projection's weights as each scheme stores them: layout, quantisation, and the way back.
+"""A projection's weights as each scheme stores them: layout, quantisation, and the way back."""
 
-Shapes: ``...`` is nothing or ``E_l`` local experts; N rows, K columns, S parts of N, G groups of
-columns, as in :class:`~mortise.spec.weights.StoredWeight`.
-"""
+# ``...`` is nothing or ``E_l`` local experts; N rows, K columns, S parts of N, G groups of columns,
+# as in ``mortise.spec.weights.StoredWeight``.
 
 from __future__ import annotations
 
