@@ -7,9 +7,9 @@ import enum
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.meta.tree import CORE_SOURCES, python_files, shown, syntax_tree
+from tests.meta.tree import python_files, shown, syntax_tree
 
-from mortise.spec import dispatch, experts, qkv, roles
+from mortise.spec import dispatch, experts, qkv, roles, weights
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ NEEDS_SCHEDULE = {
 }
 ENUMERATIONS = {
     found.__name__: found
-    for module in (roles, dispatch, experts, qkv)
+    for module in (roles, dispatch, experts, qkv, weights)
     for found in vars(module).values()
     if isinstance(found, type) and issubclass(found, enum.Enum) and found is not enum.StrEnum
 }
@@ -43,7 +43,7 @@ def test_an_unknown_mode_is_an_error_instead_of_a_guess() -> None:
 
 
 def matches() -> Iterator[tuple[Path, ast.Match]]:
-    for path in python_files(CORE_SOURCES):
+    for path in python_files():
         for node in ast.walk(syntax_tree(path)):
             if isinstance(node, ast.Match):
                 yield path, node
@@ -68,7 +68,7 @@ def test_every_match_on_a_contract_enumeration_names_all_members_and_ends_in_ass
             expected = set(ENUMERATIONS[enumeration].__members__)
             assert {member for name, member in named if name == enumeration} == expected, place
             assert "assert_never" in ast.unparse(node.cases[-1]), place
-    assert checked >= 3, "needs_schedule, paged attention and the split of projections at least"
+    assert checked >= 5, "passes, splits of projections, formats of rows, schemes of weights"
 
 
 def test_the_text_of_members_is_what_people_and_programs_read() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, assert_never
 
 import torch
 
@@ -144,6 +144,8 @@ def _scale_of(amax: torch.Tensor, scale_format: ScaleFormat) -> torch.Tensor:
                 expected=f"{ScaleFormat.FLOAT32} or {ScaleFormat.UE8M0}",
                 remedy="correct the scale format of the layer's quantisation",
             )
+        case _:
+            assert_never(scale_format)
 
 
 def _exponent(bits: torch.Tensor) -> torch.Tensor:
