@@ -5,7 +5,7 @@ import torch
 
 from mortise.backends import load_backend
 from mortise.errors import ConfigError
-from mortise.plugin import ExpertLayerRequest, WeightScheme
+from mortise.plugin import ExpertLayerRequest, LinearLayerRequest, WeightScheme
 from mortise.spec.roles import ModelRole
 
 
@@ -64,12 +64,53 @@ def request(**changes: object) -> ExpertLayerRequest:
     [
         ({}, ""),
         ({"compute_dtype": torch.bfloat16}, ""),
-        ({"scheme_w13": WeightScheme.FP8_BLOCK}, "w13 is stored as fp8_block"),
-        ({"scheme_w2": WeightScheme.W4A8}, "w2 is stored as w4a8"),
         ({"compute_dtype": torch.float16}, "the compute dtype is torch.float16"),
+        ({"scheme_w13": WeightScheme.FP8_BLOCK}, ""),
+        ({"scheme_w13": WeightScheme.W8A8, "static_input": True}, ""),
+        ({"scheme_w13": WeightScheme.W4A8}, "w13: a dimension of 4 cannot be divided into int32"),
+        ({"scheme_w2": WeightScheme.NVFP4}, "w2: a dimension of 4 cannot be divided into blocks"),
+        ({"scheme_w2": WeightScheme.NVFP4, "intermediate_size": 32}, ""),
+        ({"static_input": True}, "w13: weights of scheme float are to have a static scale"),
     ],
 )
 def test_it_says_which_layers_it_serves(changes: dict[str, object], reason: str) -> None:
     answer = load_backend("reference", role=ModelRole.MAIN).ops.supports(request(**changes))
     assert answer.ok is (not reason)
-    assert answer.reason == reason
+    assert answer.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"compute_dtype": torch.float16}, "the compute dtype is torch.float16"),
+        ({"num_groups": 2}, ""),
+        ({"num_groups": 5}, "a dimension of 32 cannot be divided into groups of columns"),
+        ({"scheme": WeightScheme.W8A8, "static_input": True}, ""),
+        ({"scheme": WeightScheme.NVFP4, "in_features": 24}, "a dimension of 24 cannot be divided"),
+    ],
+)
+def test_it_says_which_projections_it_serves(changes: dict[str, object], reason: str) -> None:
+    values: dict[str, object] = {
+        "role": ModelRole.MAIN,
+        "layer": "model.layers.0.mlp.down_proj",
+        "scheme": WeightScheme.W4A16,
+        "out_features": 4,
+        "in_features": 32,
+        "num_groups": 1,
+        "static_input": False,
+        "compute_dtype": torch.bfloat16,
+    }
+    asked = LinearLayerRequest(**{**values, **changes})  # type: ignore[arg-type]
+    answer = load_backend("reference", role=ModelRole.MAIN).ops.supports_linear(asked)
+    assert answer.ok is (not reason)
+    assert answer.reason.startswith(reason)
+
+
+def test_its_manifest_says_the_same() -> None:
+    bound = load_backend("reference", role=ModelRole.MAIN)
+    assert bound.row.manifest is not None
+    assert bound.row.manifest.capabilities is not None
+    stated, capabilities = bound.row.manifest.capabilities, bound.ops.capabilities
+    assert set(stated.schemes) == capabilities.schemes
+    assert set(stated.dispatch_dtypes) == capabilities.dispatch_dtypes

@@ -88,16 +88,20 @@ def tokens_of(
 counts_of_groups = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 
 
-@given(
-    counts_of_groups,
-    st.integers(0, 3),
-    st.sampled_from(GroupListKind),
-    st.booleans(),
-    st.sampled_from([1, 4]),
+kinds_and_alignments = st.sampled_from(
+    [
+        (GroupListKind.COUNTS, 1),
+        (GroupListKind.COUNTS, 4),
+        (GroupListKind.CUMULATIVE, 1),
+    ]
 )
+
+
+@given(counts_of_groups, st.integers(0, 3), kinds_and_alignments, st.booleans())
 def test_grouped_rows(
-    counts: list[int], spare_rows: int, kind: GroupListKind, host_counts: bool, alignment: int
+    counts: list[int], spare_rows: int, listed: tuple[GroupListKind, int], host_counts: bool
 ) -> None:
+    kind, alignment = listed
     experts = experts_of(len(counts))
     tokens = tokens_of(
         counts, spare_rows=spare_rows, kind=kind, host_counts=host_counts, alignment=alignment
@@ -212,11 +216,16 @@ def test_preparing_is_idempotent_and_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (tokens_of([1, 1], dtype=torch.bfloat16), "bfloat16 rows without scales"),
-        (replace(tokens_of([1, 1]), scales=torch.ones(2)), "float32 rows with scales"),
+        (tokens_of([1, 1], dtype=torch.bfloat16), "bf16 rows met torch.float32 weights"),
+        (replace(tokens_of([1, 1]), scales=torch.ones(2)), "fp32 rows came with scales"),
         (
             replace(tokens_of([1, 1]), rows=torch.zeros(2, HIDDEN, dtype=torch.int8)),
-            "int8 rows without scales",
+            "rows of torch.int8 are said to be fp32",
+        ),
+        (tokens_of([1, 1, 1]), "a group list of 3 met 2 experts"),
+        (
+            tokens_of([1, 1], kind=GroupListKind.CUMULATIVE, alignment=4),
+            "aligned groups came with a cumulative list",
         ),
     ],
 )
@@ -226,13 +235,3 @@ def test_rows_that_the_weights_cannot_take_are_refused(
     with pytest.raises(ContractError, match=message) as caught:
         quantized_moe_apply(tokens, experts_of(2), torch.float32)
     assert "model.layers.1.mlp" in caught.value.what
-
-
-@pytest.mark.parametrize("projection", ["w13", "w2"])
-def test_quantised_weights_are_refused(projection: str) -> None:
-    experts = experts_of(2)
-    quantised = replace(getattr(experts, projection), scheme=WeightScheme.W8A8)
-    with pytest.raises(ContractError, match="w8a8"):
-        quantized_moe_apply(
-            tokens_of([1, 1]), replace(experts, **{projection: quantised}), torch.float32
-        )

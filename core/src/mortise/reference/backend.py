@@ -12,21 +12,23 @@ from mortise.plugin import (
     Capabilities,
     ConfigError,
     DispatchDtype,
-    ExpertLayerRequest,
     Support,
     WeightScheme,
     hookimpl,
 )
-from mortise.reference import attention, dispatch, moe, projections, qkv
+from mortise.reference import attention, dispatch, moe, projections, qkv, support
+from mortise.reference.support import COMPUTE_DTYPES
 
 if TYPE_CHECKING:
     from mortise.plugin import (
         DispatchDecision,
         DispatchedTokens,
         DispatchRequest,
+        ExpertLayerRequest,
         ExpertWeights,
         ForwardMode,
         IndexKeyPages,
+        LinearLayerRequest,
         LinearWeight,
         NotSupported,
         PagedMQAMetadata,
@@ -38,8 +40,7 @@ if TYPE_CHECKING:
 
 DEFAULT_DEVICE: Final = "cpu"
 DEFAULT_NUM_WORKERS: Final = 4
-SCHEMES: Final = frozenset({WeightScheme.FLOAT})
-COMPUTE_DTYPES: Final = (torch.float32, torch.bfloat16)
+SCHEMES: Final = frozenset(WeightScheme)
 PAGE_SIZE: Final = 64
 
 
@@ -56,7 +57,7 @@ class ReferenceBackend(Backend):
             device=device,
             emulated=False,
             schemes=SCHEMES,
-            dispatch_dtypes=frozenset({DispatchDtype.FP32, DispatchDtype.BF16}),
+            dispatch_dtypes=frozenset(DispatchDtype),
             compute_dtypes=COMPUTE_DTYPES,
             page_sizes=frozenset({PAGE_SIZE}),
             num_workers=num_workers,
@@ -82,17 +83,16 @@ class ReferenceBackend(Backend):
         return cls(_usable_device(context.device or DEFAULT_DEVICE), num_workers)
 
     def capabilities(self) -> Capabilities:
-        """Facts of plain torch: unquantised weights and rows."""
+        """Facts of plain torch: every scheme, every format of rows."""
         return self._capabilities
 
     def supports(self, request: ExpertLayerRequest) -> Support:
-        """Serve unquantised experts in float32 or bfloat16."""
-        for projection, scheme in (("w13", request.scheme_w13), ("w2", request.scheme_w2)):
-            if scheme not in SCHEMES:
-                return Support(ok=False, reason=f"{projection} is stored as {scheme.value}")
-        if request.compute_dtype not in COMPUTE_DTYPES:
-            return Support(ok=False, reason=f"the compute dtype is {request.compute_dtype}")
-        return Support(ok=True)
+        """Serve experts of every scheme whose shapes their layouts can have."""
+        return support.of_experts(request)
+
+    def supports_linear(self, request: LinearLayerRequest) -> Support:
+        """Serve projections of every scheme whose shapes their layouts can have."""
+        return support.of_projection(request)
 
     @hookimpl
     def resolve_dispatch_dtype(self, request: DispatchRequest) -> DispatchDecision:
@@ -103,12 +103,12 @@ class ReferenceBackend(Backend):
     def prepare_expert_weights(
         self, experts: ExpertWeights, decision: DispatchDecision
     ) -> ExpertWeights:
-        """Leave the weights as they are."""
+        """Widen quantised weights once."""
         return moe.prepare_expert_weights(experts, decision)
 
     @hookimpl
     def prepare_linear_weight(self, linear: LinearWeight) -> LinearWeight:
-        """Leave the weight as it is."""
+        """Widen the weight once."""
         return projections.prepare_linear_weight(linear)
 
     @hookimpl

@@ -1,58 +1,76 @@
-"""The experts' two grouped products with SwiGLU between them, in plain torch."""
+"""The experts' two products with SwiGLU between them, one expert after the other."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_never, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 
-from mortise.errors import ContractError
+from mortise.formats.rows import check_format
+from mortise.reference.products.base import Product, QuantisedRows
+from mortise.reference.products.select import product_of
+from mortise.spec.consumer import PLAIN, check_dispatched_tokens
 from mortise.spec.dispatch import DispatchDecision, DispatchedTokens, GroupListKind, RowLayout
-from mortise.spec.reasons import ReasonCode
-from mortise.spec.weights import WeightScheme
+from mortise.spec.weights import StoredWeight, WeightScheme
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mortise.spec.experts import ExpertWeights
+
+Place: TypeAlias = "slice | tuple[int, slice]"
+"""Where the rows of one expert are: the index of rows, scales, weights and results alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedExperts:
+    """The products of each local expert; None where a projection is unquantised."""
+
+    w13: tuple[Product, ...] | None
+    w2: tuple[Product, ...] | None
 
 
 def prepare_expert_weights(experts: ExpertWeights, decision: DispatchDecision) -> ExpertWeights:
-    """Leave the stored layout: the reference computes on it as it is."""
-    return experts
+    """Widen quantised weights once, so that no call unpacks them; float weights stay as they are.
+
+    Costs four bytes a weight; the stored tensors are kept and are what is prepared again.
+    """
+    prepared = PreparedExperts(_prepare(experts.w13), _prepare(experts.w2))
+    if prepared == PreparedExperts(None, None):
+        return experts
+    return replace(experts, prepared=prepared)
 
 
 def quantized_moe_apply(
     tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """Run each expert on its group of rows, one after the other."""
-    _check_consumable(tokens, experts)
-    match tokens.format.row_layout:
-        case RowLayout.GROUPED:
-            return _apply_grouped(tokens, experts, out_dtype, alignment=1)
-        case RowLayout.GROUPED_ALIGNED:
-            return _apply_grouped(tokens, experts, out_dtype, tokens.format.alignment)
-        case RowLayout.MASKED:
-            return _apply_masked(tokens, experts, out_dtype)
-        case _:
-            assert_never(tokens.format.row_layout)
+    """Run each expert on its group of rows; rows of no group are not read and stay undefined.
+
+    Raises:
+        ContractError: the rows are not what their format says, or not what the experts take.
+    """
+    check_dispatched_tokens(tokens, experts)
+    check_format(tokens.format)
+    if tokens.receive is not None:
+        tokens.receive()
+    shape = (*tokens.rows.shape[:-1], experts.hidden_size)
+    output = tokens.rows.new_empty(shape, dtype=out_dtype)
+    for expert, place in _groups(tokens):
+        output[place] = _run_expert(tokens, place, experts, expert, out_dtype)
+    return output
 
 
-def _check_consumable(tokens: DispatchedTokens, experts: ExpertWeights) -> None:
-    schemes = {experts.w13.scheme, experts.w2.scheme}
-    if schemes != {WeightScheme.FLOAT}:
-        raise ContractError(
-            f"layer {experts.layer}: experts of scheme {', '.join(sorted(schemes))}",
-            reason=ReasonCode.REQUEST_UNSUPPORTED,
-            expected=WeightScheme.FLOAT.value,
-        )
-    if tokens.scales is not None or tokens.rows.dtype != experts.w13.weight.dtype:
-        scales = "with" if tokens.scales is not None else "without"
-        raise ContractError(
-            f"layer {experts.layer}: {tokens.rows.dtype} rows {scales} scales met "
-            f"{experts.w13.weight.dtype} weights",
-            reason=ReasonCode.CONTRACT_BROKEN,
-            expected="unquantised rows of the weights' dtype",
-        )
+def _groups(tokens: DispatchedTokens) -> Iterator[tuple[int, Place]]:
+    """Each expert that has rows, and where they are."""
+    masked = tokens.format.row_layout is RowLayout.MASKED
+    aligned = tokens.format.row_layout is RowLayout.GROUPED_ALIGNED
+    start = 0
+    for expert, count in enumerate(_counts(tokens)):
+        if count:
+            yield expert, (expert, slice(count)) if masked else slice(start, start + count)
+        start += count + (-count % tokens.format.alignment if aligned else 0)
 
 
 def _counts(tokens: DispatchedTokens) -> tuple[int, ...]:
@@ -64,44 +82,74 @@ def _counts(tokens: DispatchedTokens) -> tuple[int, ...]:
     return tuple(end - start for start, end in zip([0, *group_list], group_list, strict=False))
 
 
-def _apply_grouped(
-    tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype, alignment: int
+def _run_expert(
+    tokens: DispatchedTokens,
+    place: Place,
+    experts: ExpertWeights,
+    expert: int,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    rows, outputs, start = tokens.rows, [], 0
-    for expert, count in enumerate(_counts(tokens)):
-        if count:
-            outputs.append(_expert(rows[start : start + count], experts, expert, out_dtype))
-            start += count
-            padding = -count % alignment
-            if padding:
-                outputs.append(_undefined(padding, tokens, experts, out_dtype))
-                start += padding
-    if start < rows.shape[0] or not outputs:
-        outputs.append(_undefined(rows.shape[0] - start, tokens, experts, out_dtype))
-    return torch.cat(outputs)
+    w13, w2 = _products(experts, expert)
+    # Silu and the product round as torch rounds them in this dtype, as in an unquantised model.
+    gate_RI, up_RI = (
+        _first_sums(tokens, place, w13).to(_middle_dtype(experts, out_dtype)).chunk(2, dim=-1)
+    )
+    sums_RH = w2.apply(F.silu(gate_RI) * up_RI)
+    if tokens.row_weights is not None:
+        sums_RH = sums_RH.float() * tokens.row_weights[place].unsqueeze(-1)
+    return sums_RH.to(out_dtype)
 
 
-def _undefined(
-    count: int, tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype
-) -> torch.Tensor:
-    """Rows of no group: padding, and what comes after the last group."""
-    return tokens.rows.new_empty(count, experts.hidden_size, dtype=out_dtype)
+def _first_sums(tokens: DispatchedTokens, place: Place, w13: Product) -> torch.Tensor:
+    rows = tokens.rows[place]
+    if tokens.format.dtype in PLAIN:
+        return w13.apply(rows)
+    assert tokens.scales is not None
+    return w13.apply_quantised(
+        QuantisedRows(rows, tokens.scales[place], tokens.format.global_scale)
+    )
 
 
-def _apply_masked(
-    tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype
-) -> torch.Tensor:
-    output = tokens.rows.new_empty(*tokens.rows.shape[:2], experts.hidden_size, dtype=out_dtype)
-    for expert, count in enumerate(_counts(tokens)):
-        if count:
-            output[expert, :count] = _expert(
-                tokens.rows[expert, :count], experts, expert, out_dtype
-            )
-    return output
+def _middle_dtype(experts: ExpertWeights, out_dtype: torch.dtype) -> torch.dtype:
+    """The dtype between the products: that of unquantised weights where there are any."""
+    for stored in (experts.w2, experts.w13):
+        if stored.scheme is WeightScheme.FLOAT:
+            return stored.weight.dtype
+    return out_dtype
 
 
-def _expert(
-    rows_RH: torch.Tensor, experts: ExpertWeights, expert: int, out_dtype: torch.dtype
-) -> torch.Tensor:
-    gate_RI, up_RI = F.linear(rows_RH, experts.w13.weight[expert]).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_RI) * up_RI, experts.w2.weight[expert]).to(out_dtype)
+def _products(experts: ExpertWeights, expert: int) -> tuple[Product, Product]:
+    prepared = experts.prepared or PreparedExperts(None, None)
+    assert isinstance(prepared, PreparedExperts), "prepared by another backend"
+    return (
+        _product(experts.w13, prepared.w13, expert),
+        _product(experts.w2, prepared.w2, expert),
+    )
+
+
+def _product(stored: StoredWeight, prepared: tuple[Product, ...] | None, expert: int) -> Product:
+    return product_of(_of_expert(stored, expert)) if prepared is None else prepared[expert]
+
+
+def _prepare(stored: StoredWeight) -> tuple[Product, ...] | None:
+    if stored.scheme is WeightScheme.FLOAT:
+        return None
+    return tuple(product_of(_of_expert(stored, expert)) for expert in range(len(stored.weight)))
+
+
+def _of_expert(stored: StoredWeight, expert: int) -> StoredWeight:
+    """One expert's share of stacked tensors; views."""
+    return StoredWeight(
+        scheme=stored.scheme,
+        weight=stored.weight[expert],
+        scale=_at(stored.scale, expert),
+        global_scale=_at(stored.global_scale, expert),
+        input_scale=_at(stored.input_scale, expert),
+        input_offset=_at(stored.input_offset, expert),
+        num_parts=stored.num_parts,
+        scale_format=stored.scale_format,
+    )
+
+
+def _at(tensor: torch.Tensor | None, expert: int) -> torch.Tensor | None:
+    return None if tensor is None else tensor[expert]

@@ -6,7 +6,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from mortise.errors import ContractError
-from mortise.spec.dispatch import DispatchDtype, RoutingWeightSide, RowLayout, ScaleLayout
+from mortise.spec.dispatch import (
+    DispatchDtype,
+    GroupListKind,
+    RoutingWeightSide,
+    RowLayout,
+    ScaleLayout,
+)
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.weights import ScaleFormat, WeightScheme
 
@@ -15,6 +21,7 @@ if TYPE_CHECKING:
 
     from mortise.spec.dispatch import DispatchedTokens
     from mortise.spec.experts import ExpertWeights
+    from mortise.spec.weights import StoredWeight
 
 # By name, since a backend's module is read on machines where torch is not loaded yet.
 ROW_DTYPES: Final[Mapping[DispatchDtype, str]] = MappingProxyType(
@@ -87,6 +94,10 @@ def _rows_problem(tokens: DispatchedTokens) -> tuple[str, str] | None:
         return f"{stated.row_layout.value} rows have {rows.dim()} dimensions", str(dimensions)
     if str(tokens.group_list.dtype) != "torch.int64":
         return f"the group list is {tokens.group_list.dtype}", "torch.int64"
+    cumulative = tokens.group_list_kind is GroupListKind.CUMULATIVE
+    if cumulative and stated.row_layout is RowLayout.GROUPED_ALIGNED:
+        # Ends of padded groups, or of their rows? Counts leave nothing to guess.
+        return "aligned groups came with a cumulative list", "counts of rows without padding"
     experts_multiply = tokens.routing_weight_side is RoutingWeightSide.EXPERTS
     if (tokens.row_weights is not None) is not experts_multiply:
         return "routing weights do not come with the rows", "weights where the experts multiply"
@@ -100,10 +111,11 @@ def _experts_problem(tokens: DispatchedTokens, experts: ExpertWeights) -> tuple[
             f"{dtype.value} rows met {experts.w13.weight.dtype} weights",
             "unquantised rows of the weights' dtype",
         )
-    consumed = PLAIN | CONSUMED[scheme]
+    consumed = PLAIN | _quantised(experts.w13)
     if dtype not in consumed:
         expected = f"one of {', '.join(sorted(consumed))}"
-        return f"{dtype.value} rows met {scheme.value} weights", expected
+        static = "" if experts.w13.input_scale is None else " with a static scale of their input"
+        return f"{dtype.value} rows met {scheme.value} weights{static}", expected
     num_groups = tokens.group_list.shape[0]
     if num_groups != experts.num_local_experts:
         return (
@@ -111,3 +123,13 @@ def _experts_problem(tokens: DispatchedTokens, experts: ExpertWeights) -> tuple[
             "one entry for each local expert",
         )
     return None
+
+
+def _quantised(stored: StoredWeight) -> frozenset[DispatchDtype]:
+    """The quantised formats that a first projection multiplies as they are."""
+    static = stored.input_scale is not None
+    if stored.scheme is WeightScheme.W8A8 and static:
+        return frozenset()  # a scale per row is not the static one
+    if stored.scheme is WeightScheme.NVFP4 and not static:
+        return frozenset()  # the weights alone are quantised
+    return CONSUMED[stored.scheme]
