@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.fixtures.dispatch_formats import FORMATS, as_bytes, hidden_dtype
 
+from mortise.errors import CapacityError, ContractError
+from mortise.formats.rows import quantise_rows
 from mortise.reference.dispatch import LocalDispatcher, create_token_dispatcher
 from mortise.spec.dispatch import (
     DispatchDtype,
     DispatchedTokens,
     DispatchFormat,
+    DispatchMode,
     GroupListKind,
     Routing,
+    RowLayout,
     TokenDispatcherRequest,
 )
 from mortise.spec.hooks import NOT_SUPPORTED
 from mortise.spec.roles import ModelRole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HIDDEN = 5
 FORMAT = DispatchFormat(dtype=DispatchDtype.FP32)
@@ -165,7 +174,7 @@ def test_the_sum_over_choices_is_taken_in_float32() -> None:
     )
     hidden = torch.ones(1, HIDDEN, dtype=torch.bfloat16)
     dispatcher = LocalDispatcher(3)
-    tokens, handle = dispatcher.dispatch(hidden, routing, FORMAT)
+    tokens, handle = dispatcher.dispatch(hidden, routing, DispatchFormat(dtype=DispatchDtype.BF16))
     combined = dispatcher.combine(tokens.rows, handle)
     assert combined.dtype == torch.bfloat16
     assert combined.tolist() == [[1.0] * HIDDEN]
@@ -179,6 +188,110 @@ def test_two_calls_may_be_under_way_at_once() -> None:
     for one, (tokens, handle) in reversed(list(zip((first, second), sent, strict=True))):
         combined = dispatcher.combine(tokens.rows, handle)
         torch.testing.assert_close(combined.double(), one.expected(torch.ones(3)))
+
+
+IDS = [[0, 3], [3, 3], [-1, 0], [-1, -1], [3, 1], [0, 2]]
+TOKENS_OF_EXPERT = [[0, 2, 5], [4], [5], [0, 1, 4]]
+"""With a token once where it names an expert twice."""
+
+
+def sent(row_format: DispatchFormat) -> tuple[torch.Tensor, Routing]:
+    """Six tokens for four experts, in a hidden size that fills no group of 128 columns."""
+    generator = torch.Generator().manual_seed(11)
+    hidden = torch.randn(len(IDS), 208, generator=generator).to(hidden_dtype(row_format))
+    weights = torch.rand(len(IDS), 2, generator=generator)
+    return hidden, Routing(topk_ids=torch.tensor(IDS), topk_weights=weights)
+
+
+@pytest.mark.parametrize("mode", DispatchMode)
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_quantised_and_keep_their_scales(name: str, mode: DispatchMode) -> None:
+    row_format = replace(FORMATS[name], row_layout=RowLayout.MASKED, mode=mode)
+    hidden, routing = sent(row_format)
+    dispatcher = LocalDispatcher(4, max_tokens_per_rank=9, poison=True)
+    tokens, _ = dispatcher.dispatch(hidden, routing, row_format)
+    expected_rows, expected_scales = quantise_rows(hidden, row_format)
+    assert tokens.rows.shape[:2] == (4, 9 if mode is DispatchMode.LOW_LATENCY else len(IDS))
+    assert (tokens.group_counts is None) is (mode is DispatchMode.LOW_LATENCY)
+    assert (tokens.scales is None) is (expected_scales is None)
+    for expert, wanted in enumerate(TOKENS_OF_EXPERT):
+        count = int(tokens.group_list[expert])
+        assert count == len(wanted)
+        rows = tokens.rows[expert, :count]
+        assert rows.dtype == expected_rows.dtype
+        assert torch.equal(as_bytes(rows), as_bytes(expected_rows)[wanted])
+        assert (as_bytes(tokens.rows[expert, count:]) == 0xFF).all()
+        if tokens.scales is not None and expected_scales is not None:
+            assert tokens.scales.dtype == expected_scales.dtype
+            scales = as_bytes(tokens.scales[expert, :count].flatten())
+            assert torch.equal(scales, as_bytes(expected_scales[wanted].flatten()))
+
+
+@pytest.mark.parametrize("mode", DispatchMode)
+@pytest.mark.parametrize("layout", RowLayout)
+def test_every_layout_comes_home_the_same(layout: RowLayout, mode: DispatchMode) -> None:
+    row_format = replace(FORMATS["bf16"], row_layout=layout, mode=mode, alignment=4)
+    hidden, routing = sent(row_format)
+    plain = LocalDispatcher(4)
+    tokens, handle = plain.dispatch(hidden, routing, FORMATS["bf16"])
+    expected = plain.combine(tokens.rows, handle)
+    dispatcher = LocalDispatcher(4, poison=True)
+    tokens, handle = dispatcher.dispatch(hidden, routing, row_format)
+    assert torch.equal(dispatcher.combine(tokens.rows, handle), expected)
+
+
+def test_padding_is_not_counted() -> None:
+    row_format = replace(FORMATS["bf16"], row_layout=RowLayout.GROUPED_ALIGNED, alignment=4)
+    tokens, _ = LocalDispatcher(4, poison=True).dispatch(*sent(row_format), row_format)
+    assert tokens.group_counts == (3, 1, 1, 4)
+    assert len(tokens.rows) == 16
+    padding = [3, 5, 6, 7, 9, 10, 11]
+    assert tokens.rows.isnan().any(dim=1).nonzero().flatten().tolist() == padding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_of_another_dtype_than_the_format_are_refused(dtype: torch.dtype) -> None:
+    name = "bf16" if dtype == torch.float32 else "fp32"
+    hidden, routing = sent(FORMATS[name])
+    with pytest.raises(ContractError, match=rf"layer mlp\.7: {dtype} rows .* sent as {name}"):
+        LocalDispatcher(4, layer="mlp.7").dispatch(hidden.to(dtype), routing, FORMATS[name])
+
+
+def test_more_tokens_than_the_capacity_are_refused() -> None:
+    row_format = replace(FORMATS["bf16"], mode=DispatchMode.LOW_LATENCY)
+    with pytest.raises(CapacityError) as caught:
+        LocalDispatcher(4, layer="mlp.7", max_tokens_per_rank=5).dispatch(
+            *sent(row_format), row_format
+        )
+    assert caught.value.what == "layer mlp.7: 6 tokens in a low-latency exchange"
+    assert caught.value.expected == "at most 5, which is dispatch.max_tokens_per_rank"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda rows: rows[:-1],
+        lambda rows: rows[:, :-1],
+        lambda rows: rows.to(torch.int8),
+        lambda rows: rows[0],
+    ],
+    ids=["a row too few", "a column too few", "quantised", "one row"],
+)
+def test_what_is_not_a_row_for_each_is_refused(wrong: Callable[..., torch.Tensor]) -> None:
+    dispatcher = LocalDispatcher(4, layer="mlp.7")
+    tokens, handle = dispatcher.dispatch(*sent(FORMATS["fp32"]), FORMATS["fp32"])
+    with pytest.raises(ContractError, match=r"layer mlp\.7: the experts made"):
+        dispatcher.combine(wrong(tokens.rows), handle)
+
+
+def test_the_weight_of_no_expert_is_not_looked_at() -> None:
+    hidden, routing = sent(FORMATS["fp32"])
+    weights = routing.topk_weights.masked_fill(routing.topk_ids < 0, torch.nan)
+    dispatcher = LocalDispatcher(4)
+    tokens, handle = dispatcher.dispatch(
+        hidden, Routing(topk_ids=routing.topk_ids, topk_weights=weights), FORMATS["fp32"]
+    )
+    assert dispatcher.combine(tokens.rows, handle).isfinite().all()
 
 
 def test_several_processes_are_somebody_elses_work() -> None:

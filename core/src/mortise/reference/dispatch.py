@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final
 
-import torch
-
+from mortise.formats.outgoing import (
+    check_capacity,
+    check_expert_rows,
+    outgoing_rows,
+    routing_weights_of_experts,
+)
+from mortise.formats.placement import (
+    arrange_rows,
+    in_layout,
+    place_choices,
+    rows_of_choices,
+    sum_choices,
+)
 from mortise.spec.authority import DispatchPolicy, Exact, decide_by_authority
 from mortise.spec.dispatch import (
     DispatchDecision,
@@ -24,6 +35,9 @@ from mortise.spec.dispatch import (
     TokenDispatcherRequest,
 )
 from mortise.spec.hooks import NOT_SUPPORTED, NotSupported
+
+if TYPE_CHECKING:
+    import torch
 
 POLICY: Final = DispatchPolicy(
     device="the reference",
@@ -45,59 +59,114 @@ def create_token_dispatcher(request: TokenDispatcherRequest) -> TokenDispatcher 
     """Serve one process; several are the portable exchange's work."""
     if request.world_size != 1:
         return NOT_SUPPORTED
-    return LocalDispatcher(request.num_experts)
+    return LocalDispatcher(
+        request.num_experts,
+        layer=request.layer,
+        max_tokens_per_rank=request.max_tokens_per_rank or None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class LocalHandle:
-    """Where each dispatched row came from: position in the flattened ``[T * K]`` choices."""
+    """Which row each choice ``[T, K]`` has, ``num_rows`` being none, and its routing weight."""
 
-    order_R: torch.Tensor
-    topk_weights_TK: torch.Tensor
+    slot_of_choice: torch.Tensor
+    num_rows: int
+    routing_weights: torch.Tensor
+    hidden_size: int
 
 
 class LocalDispatcher:
     """Groups the rows of one process by expert and sums them back in the order of the choices.
 
     The sum over a token's K choices runs in float32 and in the router's order, so it does not
-    depend on which expert answered first.
+    depend on which expert answered first. Every dispatch format is served: rows are quantised
+    before they are arranged, as an exchange between processes does it.
+
+    Args:
+        num_experts: E; all of them are local.
+        layer: named in errors.
+        max_tokens_per_rank: most tokens of a low-latency dispatch, which sizes masked rows; None
+            is as many as come.
+        poison: fill undefined rows with what is not a number, to find who reads them.
     """
 
-    __slots__ = ("num_experts",)
+    __slots__ = ("layer", "max_tokens_per_rank", "num_experts", "poison")
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        layer: str = "(unnamed)",
+        max_tokens_per_rank: int | None = None,
+        poison: bool = False,
+    ) -> None:
         self.num_experts = num_experts
+        self.layer = layer
+        self.max_tokens_per_rank = max_tokens_per_rank
+        self.poison = poison
 
     def dispatch(
         self, hidden_TH: torch.Tensor, routing: Routing, format: DispatchFormat
     ) -> tuple[DispatchedTokens, LocalHandle]:
-        """Sort the choices by expert, dropping -1; counts per expert are known on the host."""
-        ids = routing.topk_ids.flatten()
-        # -1 (no expert) sorts last, behind every group, and is cut off there.
-        ids = torch.where(ids < 0, self.num_experts, ids)
-        order = ids.argsort(stable=True)
-        counts = ids.bincount(minlength=self.num_experts + 1)[: self.num_experts]
-        group_counts = tuple(cast("list[int]", counts.tolist()))
-        order = order[: sum(group_counts)]
+        """Quantise, sort the choices by expert, drop -1.
+
+        Counts are known on the host in the normal mode, and stay on the device in the low-latency
+        one. Masked and low-latency rows hold one row where a token names an expert twice.
+
+        Raises:
+            ContractError: unquantised rows of another dtype than the format's.
+            CapacityError: more tokens than a low-latency dispatch was made for.
+        """
+        rows, scales = outgoing_rows(hidden_TH, format, self.layer)
+        placement = place_choices(
+            routing.topk_ids,
+            self.num_experts,
+            format,
+            capacity=self._capacity(hidden_TH.shape[0], format),
+        )
+        arranged = [
+            in_layout(
+                arrange_rows(one, placement, poison=self.poison),
+                format.row_layout,
+                self.num_experts,
+            )
+            for one in (rows, scales)
+            if one is not None
+        ]
         tokens = DispatchedTokens(
-            rows=hidden_TH.index_select(0, order // routing.topk_ids.shape[1]),
-            scales=None,
-            group_list=counts,
+            rows=arranged[0],
+            scales=arranged[1] if scales is not None else None,
+            group_list=placement.counts,
             group_list_kind=GroupListKind.COUNTS,
-            group_counts=group_counts,
+            group_counts=placement.group_counts,
             format=format,
         )
-        return tokens, LocalHandle(order, routing.topk_weights)
+        handle = LocalHandle(
+            slot_of_choice=placement.slot_of_choice,
+            num_rows=placement.num_rows,
+            routing_weights=routing_weights_of_experts(routing),
+            hidden_size=hidden_TH.shape[1],
+        )
+        return tokens, handle
+
+    def _capacity(self, num_tokens: int, format: DispatchFormat) -> int | None:
+        """Most tokens that one expert may get, where that sizes the rows."""
+        if format.mode is DispatchMode.NORMAL:
+            return num_tokens if format.row_layout is RowLayout.MASKED else None
+        if self.max_tokens_per_rank is None:
+            return num_tokens
+        check_capacity(num_tokens, self.max_tokens_per_rank, self.layer)
+        return self.max_tokens_per_rank
 
     def combine(self, rows_RH: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """Put rows back in the order of the choices and take the weighted sum over K."""
+        """Take each choice's row and the weighted sum over K.
+
+        Raises:
+            ContractError: fewer rows than were dispatched, or not a float row for each.
+        """
         assert isinstance(handle, LocalHandle)
-        weights_TK = handle.topk_weights_TK
-        num_tokens, num_choices = weights_TK.shape
-        num_rows, hidden_size = handle.order_R.shape[0], rows_RH.shape[1]
-        # What no expert answered for stays zero.
-        chosen = rows_RH.new_zeros(num_tokens * num_choices, hidden_size, dtype=torch.float32)
-        chosen.index_copy_(0, handle.order_R, rows_RH[:num_rows].float())
-        chosen_TKH = chosen.view(num_tokens, num_choices, hidden_size)
-        summed = torch.bmm(weights_TK.float().unsqueeze(1), chosen_TKH).squeeze(1)
-        return summed.to(rows_RH.dtype)
+        check_expert_rows(rows_RH, handle.num_rows, handle.hidden_size, self.layer)
+        flat_RH = rows_RH.flatten(0, -2)
+        chosen_TKH = rows_of_choices(flat_RH, handle.slot_of_choice, handle.num_rows)
+        return sum_choices(chosen_TKH, handle.routing_weights)
