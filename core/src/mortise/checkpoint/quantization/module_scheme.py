@@ -79,7 +79,10 @@ class Unquantised:
         return ModuleScheme()
 
     def placements(
-        self, module: str, target: StoredWeight, scheme: ModuleScheme  # noqa: ARG002
+        self,
+        module: str,
+        target: StoredWeight,  # noqa: ARG002
+        scheme: ModuleScheme,  # noqa: ARG002
     ) -> Iterator[Placement]:
         """See :class:`SchemeLookup`; nothing is quantised, so nobody asks."""
         raise AssertionError(f"{module} is not quantised")
