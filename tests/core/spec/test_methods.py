@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import pytest
 import torch
+from tests.docs.pages import DOCS
 
 from mortise.spec.consumer import CONSUMED, PLAIN
 from mortise.spec.dispatch import DispatchDtype
@@ -54,6 +56,26 @@ def test_what_is_taken_passes_the_check_at_run_time(
     assert accepted <= PLAIN | CONSUMED[scheme]
     # Unquantised rows are always taken: then the method quantises by itself.
     assert accepted & PLAIN == {unquantised(compute_dtype)}
+
+
+def test_the_page_says_the_same() -> None:
+    page = (DOCS / "how-to/choose-a-dispatch-format.md").read_text(encoding="utf-8")
+    row = r"^\| ((?:(?:, )?`\w+`)+)([\w ]*) \| ([\w, ]*compute dtype) \|$"
+    conditions = {
+        "": (False, True),
+        " with stored scales for the input": (True,),
+        " without": (False,),
+    }
+    shown: dict[str, list[str]] = {scheme: ["", ""] for scheme in METHODS}
+    # A later row, with a condition, is the exception from an earlier one.
+    for names, condition, accepted in re.findall(row, page, flags=re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", names):
+            for static_input in conditions[condition]:
+                shown[name][static_input] = accepted.replace("the compute dtype", "plain")
+    assert shown == {
+        scheme: [", ".join(words.replace("*", "").split()) for words in both]
+        for scheme, both in METHODS.items()
+    }
 
 
 def test_every_quantised_format_is_consumed_by_some_scheme() -> None:
