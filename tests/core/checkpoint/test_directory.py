@@ -213,6 +213,54 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     assert lines[-1] == ("  remedy: finish the download; model.safetensors.index.json is missing")
 
 
+@pytest.mark.parametrize(
+    "name", ["quant_model_weights.safetensors", "quant_model_weight_w8a8.safetensors"]
+)
+def test_the_single_file_of_modelslim(tmp_path: Path, name: str) -> None:
+    opened = ModelDirectory.open(model(tmp_path, **{name: ""}))
+    files = opened.weight_files()
+    assert files.paths == (tmp_path / name,)
+    assert files.weight_map is None
+
+
+def test_the_index_of_modelslim(tmp_path: Path) -> None:
+    shards = [f"quant_model_weights-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    weight_map = dict(zip("ab", shards, strict=True))
+    index = json.dumps({"weight_map": weight_map})
+    names = {**dict.fromkeys(shards, ""), "quant_model_weights.safetensors.index.json": index}
+    files = ModelDirectory.open(model(tmp_path, **names)).weight_files()
+    assert files.paths == tuple(tmp_path / shard for shard in shards)
+    assert files.weight_map == weight_map
+    (tmp_path / shards[1]).unlink()
+    lines = error_of(WeightsError, ModelDirectory.open(tmp_path).weight_files)
+    assert lines[0] == (
+        "1 of the 2 files that quant_model_weights.safetensors.index.json names is missing"
+    )
+
+
+def test_modelslim_shards_without_their_index(tmp_path: Path) -> None:
+    names = [f"quant_model_weights-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    opened = ModelDirectory.open(model(tmp_path, **dict.fromkeys(names, "")))
+    lines = error_of(WeightsError, opened.weight_files)
+    assert lines[0] == "the model directory holds no weights"
+    assert lines[-1].endswith("quant_model_weights.safetensors.index.json is missing")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.safetensors", "quant_model_weights.safetensors"),
+        ("model.safetensors.index.json", "quant_model_weights.safetensors.index.json"),
+        ("quant_model_weight_w8a8.safetensors", "quant_model_weight_w4a8_dynamic.safetensors"),
+    ],
+)
+def test_weights_of_two_models_in_one_directory(tmp_path: Path, names: tuple[str, str]) -> None:
+    opened = ModelDirectory.open(model(tmp_path, **dict.fromkeys(names, "{}")))
+    lines = error_of(WeightsError, opened.weight_files)
+    assert lines[0].startswith("the model directory holds weights twice: ")
+    assert all(name in lines[0] for name in names)
+
+
 def test_pickled_weights(tmp_path: Path) -> None:
     opened = ModelDirectory.open(model(tmp_path, **{"pytorch_model.bin": ""}))
     assert error_of(WeightsError, opened.weight_files) == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,11 @@ CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# ModelSlim calls its files so, and adds the scheme in old versions.
+MODELSLIM_FILES = "quant_model_weight*.safetensors"
+MODELSLIM_INDEX_FILES = f"{MODELSLIM_FILES}.index.json"
+# One of several files, which an index names.
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 LAYOUT = "a directory with config.json, *.safetensors and, for text, tokenizer.json"
 
 
@@ -92,14 +98,21 @@ class ModelDirectory:
     def weight_files(self) -> WeightFiles:
         """The safetensors files: ``model.safetensors``, or else those that the index names.
 
+        ModelSlim calls the same files ``quant_model_weights``.
+
         Raises:
             ModelConfigError: the index cannot be read.
-            WeightsError: there are none, or the index names a file that is not there.
+            WeightsError: there are none, the index names a file that is not there, or there are
+                weights under both names.
         """
-        if (self.path / SINGLE_FILE).is_file():
-            return WeightFiles(paths=(self.path / SINGLE_FILE,))
-        if (self.path / INDEX_FILE).is_file():
-            return indexed_files(self.path)
+        modelslim = modelslim_file(self.path)
+        for file in (self.path / SINGLE_FILE, self.path / INDEX_FILE):
+            if file.is_file():
+                if modelslim is not None:
+                    raise two_models(file, modelslim)
+                return files_of(file)
+        if modelslim is not None:
+            return files_of(modelslim)
         raise no_weights(self.path)
 
 
@@ -144,18 +157,53 @@ def existing_directory(path: Path) -> Path:
     )
 
 
-def indexed_files(directory: Path) -> WeightFiles:
-    """The files that ``model.safetensors.index.json`` names, checked to be there.
+def modelslim_file(directory: Path) -> Path | None:
+    """The index of ModelSlim's files, or its only file.
+
+    Raises:
+        WeightsError: there are several of them.
+    """
+    for pattern in (MODELSLIM_INDEX_FILES, MODELSLIM_FILES):
+        found = sorted(file for file in directory.glob(pattern) if not SHARD.search(file.name))
+        if len(found) > 1:
+            raise two_models(*found[:2])
+        if found:
+            return found[0]
+    return None
+
+
+def two_models(one: Path, other: Path) -> WeightsError:
+    """The error for files that cannot all belong to one model."""
+    return WeightsError(
+        f"the model directory holds weights twice: {one.name} and {other.name}",
+        details=[f"directory: {one.parent}"],
+        expected="the files of one model, and their index if there are several",
+        remedy="remove those that do not belong to config.json, or finish the download",
+    )
+
+
+def files_of(file: Path) -> WeightFiles:
+    """The file itself, or those that it names if it is an index.
+
+    Raises:
+        ModelConfigError: the index cannot be read.
+        WeightsError: a file that it names is missing.
+    """
+    return indexed_files(file) if file.suffix == ".json" else WeightFiles(paths=(file,))
+
+
+def indexed_files(index: Path) -> WeightFiles:
+    """The files that an index names, checked to be there.
 
     Raises:
         ModelConfigError: the index is not a map of tensor names to names of files beside it.
         WeightsError: a file is missing.
     """
-    index = directory / INDEX_FILE
+    directory = index.parent
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(is_file_name, weight_map.values())):
         raise ModelConfigError(
-            f"{INDEX_FILE} holds no usable weight_map",
+            f"{index.name} holds no usable weight_map",
             details=[f"file: {index}"],
             expected='{"weight_map": {"tensor name": "name of a file in the same directory"}}',
             remedy=DOWNLOAD_AGAIN,
@@ -163,7 +211,7 @@ def indexed_files(directory: Path) -> WeightFiles:
     paths = tuple(directory / name for name in sorted(set(weight_map.values())))
     if missing := [path.name for path in paths if not path.is_file()]:
         raise WeightsError(
-            f"{len(missing)} of the {len(paths)} files that {INDEX_FILE} names"
+            f"{len(missing)} of the {len(paths)} files that {index.name} names"
             f" {'is' if len(missing) == 1 else 'are'} missing",
             details=[f"directory: {directory}", f"missing: {shortened(missing)}"],
             expected=f"all {len(paths)} files beside the index",
@@ -191,8 +239,14 @@ def no_weights(directory: Path) -> WeightsError:
         "the model directory holds no weights",
         details=[f"directory: {directory}", *([f"found: {shortened(loose)}"] if loose else [])],
         expected=expected,
-        remedy="finish the download" + (f"; {INDEX_FILE} is missing" if loose else ""),
+        remedy="finish the download" + (f"; {index_of(loose[0])} is missing" if loose else ""),
     )
+
+
+def index_of(file: str) -> str:
+    """The index that would name a file: ``model.safetensors.index.json`` for most."""
+    stem = SHARD.sub("", file)
+    return f"{stem}.safetensors.index.json" if stem != file else INDEX_FILE
 
 
 def is_file_name(value: object) -> bool:
