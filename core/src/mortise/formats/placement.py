@@ -167,7 +167,8 @@ def arrange_rows(rows: torch.Tensor, placement: Placement, *, poison: bool) -> t
         # Neither padding nor unused rows: the choices' order is the order of the rows.
         num_choices = placement.slot_of_choice.shape[1]
         arranged = movable(rows).index_select(0, placement.choices // num_choices)
-        return arranged.view(rows.dtype)
+        # A view of another dtype has no gradient, and training dispatches too.
+        return arranged if arranged.dtype is rows.dtype else arranged.view(rows.dtype)
     layout = TensorLayout(tuple(rows.shape[1:]), rows.dtype)
     out = undefined_rows(layout, placement.num_rows, rows.device, poison=poison)
     fill_rows(out, rows, placement)
