@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fixtures import scheme_definitions as definitions
-from tests.fixtures.stored_weights import QUANTISED, STORAGES, Storage, random_weight
+from tests.fixtures.scheme_storages import QUANTISED, STORAGES, Storage, random_weight
 
 from mortise.errors import ContractError
 from mortise.reference.products.integer import EXACT_COLUMNS, integer_sums
