@@ -27,7 +27,8 @@ _MIDPOINTS: Final = (
     (3.5, True),
     (5.0, False),
 )
-_FLOAT32: Final = torch.finfo(torch.float32)
+_LARGEST: Final = torch.finfo(torch.float32).max
+_SMALLEST_NORMAL: Final = torch.finfo(torch.float32).tiny
 
 
 def to_e2m1(values: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,7 @@ def global_scale_of(amax: torch.Tensor) -> torch.Tensor:
     amax = amax.float()
     # By a tensor: dividing by a Python number may be done as multiplying by its reciprocal.
     scale = amax / amax.new_full((), E2M1_MAX * E4M3_MAX)
-    usable = scale.isfinite() & (scale >= _FLOAT32.tiny)
+    usable = scale.isfinite() & (scale >= _SMALLEST_NORMAL)
     return scale.masked_fill(~usable, 1.0)
 
 
@@ -139,7 +140,7 @@ def quantise_nvfp4_by_divisor(
     blocks = _split(hidden.float())
     scale = to_e4m3(divisor * (blocks.abs().amax(dim=-1) * (1 / E2M1_MAX)))
     scale_f32 = scale.float()
-    factor = (scale_f32 * divisor.reciprocal()).reciprocal().clamp(max=_FLOAT32.max)
+    factor = (scale_f32 * divisor.reciprocal()).reciprocal().clamp(max=_LARGEST)
     factor = factor.masked_fill(scale_f32 == 0, 0.0)
     codes = to_e2m1(blocks * factor.unsqueeze(-1))
     return pack_e2m1(codes.flatten(-2)), scale
