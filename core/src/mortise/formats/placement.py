@@ -55,7 +55,6 @@ def place_choices(
         format: the row layout and its alignment, and the mode.
         capacity: most tokens that may name one expert; None takes as many rows as there are.
     """
-    assert capacity is not None or format.mode is DispatchMode.NORMAL, "fixed shapes need a size"
     kept = expert_ids >= 0
     first = None
     if capacity is not None:
@@ -71,7 +70,10 @@ def place_choices(
     if format.mode is DispatchMode.NORMAL:
         group_counts = tuple(cast("list[int]", counts.tolist()))
         choices = choices[: sum(group_counts)]
-    num_rows = _num_rows(format, expert_ids.shape[1], num_experts, capacity, group_counts)
+    if capacity is None:
+        num_rows = _counted_num_rows(format, group_counts)
+    else:
+        num_rows = fixed_num_rows(format, expert_ids.shape[1], num_experts, capacity)
     slots = _slots(group_of_choice[choices], all_counts, format, num_rows, capacity)
     slot_of_choice = torch.full_like(group_of_choice, num_rows)
     slot_of_choice = slot_of_choice.index_copy_(0, choices, slots).view(expert_ids.shape)
@@ -93,22 +95,25 @@ def _first_naming(expert_ids: torch.Tensor) -> torch.Tensor:
     return same.to(torch.uint8).argmax(dim=2)
 
 
-def _num_rows(
-    format: DispatchFormat,
-    num_choices: int,
-    num_experts: int,
-    capacity: int | None,
-    group_counts: tuple[int, ...] | None,
+def fixed_num_rows(
+    format: DispatchFormat, num_choices: int, num_experts: int, capacity: int
 ) -> int:
-    alignment = format.alignment if format.row_layout is RowLayout.GROUPED_ALIGNED else 1
-    if capacity is None:
-        assert format.row_layout is not RowLayout.MASKED, "masked rows need a size"
-        assert group_counts is not None
-        return sum(-(-count // alignment) * alignment for count in group_counts)
+    """Rows that hold whatever may come, when at most ``capacity`` tokens name any one expert."""
     if format.row_layout is RowLayout.MASKED:
         return num_experts * capacity
-    padding = num_experts * (alignment - 1)
+    padding = num_experts * (_alignment(format) - 1)
     return capacity * min(num_choices, num_experts) + padding
+
+
+def _counted_num_rows(format: DispatchFormat, group_counts: tuple[int, ...] | None) -> int:
+    assert group_counts is not None, "fixed shapes need a size"
+    assert format.row_layout is not RowLayout.MASKED, "masked rows need a size"
+    alignment = _alignment(format)
+    return sum(-(-count // alignment) * alignment for count in group_counts)
+
+
+def _alignment(format: DispatchFormat) -> int:
+    return format.alignment if format.row_layout is RowLayout.GROUPED_ALIGNED else 1
 
 
 def _slots(
