@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mortise.layers.context import LayerContext
 from mortise.layers.mla import LightningIndexer
 from mortise.layers.moe import MoELayer
 from mortise.layers.norm import RMSNorm
@@ -53,12 +54,12 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = DeepseekV32Config.from_dict(stage_config(raw_config, has_indexer))
-        ops = training_ops(compute_dtype)
-        self.main = DeepseekV32ForCausalLM(self.config, ops)
-        self.mtp = DeepseekV32MTP(self.config, self.config.num_hidden_layers, ops)
+        context = LayerContext(ops=training_ops(compute_dtype))
+        self.main = DeepseekV32ForCausalLM(self.config, context)
+        self.mtp = DeepseekV32MTP(self.config, self.config.num_hidden_layers, context)
         for module in self.modules():
             if isinstance(module, MoELayer):
-                module.finish_loading()
+                module.finish_loading(torch.float32)
             if isinstance(module, GroupedSigmoidRouter):
                 in_float32(module)
             if isinstance(module, RMSNorm):
@@ -125,7 +126,7 @@ def initialise(model: nn.Module, seed: int, embedding_std: float, num_layers: in
         elif "embed_tokens" in name or name.endswith("gate.weight"):
             parameter.normal_(0.0, embedding_std, generator=generator)
         else:
-            is_output = name.endswith(("o_proj.weight", "down_proj.weight", "w2"))
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
             depth = (2 * num_layers) ** -0.5 if is_output else 1.0
             std = depth * parameter.shape[-1] ** -0.5
             parameter.normal_(0.0, std, generator=generator)

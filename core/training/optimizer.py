@@ -148,4 +148,4 @@ def build(
 
 def num_parts(name: str) -> int:
     """Return of how many matrices a parameter is made: gate and up projection share a tensor."""
-    return 2 if name.endswith(("gate_up_proj.weight", "w13")) else 1
+    return 2 if name.endswith(("gate_up_proj.weight", "w13.weight")) else 1

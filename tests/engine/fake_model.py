@@ -17,6 +17,8 @@ from mortise.config import CacheConfig, EngineConfig, SchedulerConfig
 from mortise.engine.engine import Engine
 from mortise.kv.pages import PAGE_SIZE
 from mortise.models.family import ModelFacts
+from mortise.parallel.group import ExpertParallelGroup
+from mortise.spec.dispatch import DispatchMode
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
@@ -128,6 +130,8 @@ def fake_engine(
         pool=model.new_pool(num_pages, torch.float32, CPU),
         device=CPU,
         threads=None,
+        group=ExpertParallelGroup(),
+        modes=(DispatchMode.NORMAL,),
         facts=ModelFacts(
             architecture="fake",
             vocab_size=VOCABULARY,

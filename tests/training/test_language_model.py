@@ -2,23 +2,18 @@
 
 import pytest
 import torch
+from tests.fixtures.paged_models import reference_context
 from tests.training import tiny
 from training.attention import DenseAttention, IndexedAttention
 from training.language_model import LanguageModel, initialise
 
-from mortise.backends.load import load_backend
-from mortise.backends.ops import Ops
 from mortise.kv.latent import LatentPool
 from mortise.layers.moe import MoELayer
 from mortise.layers.paged_attention import BatchLayout, PagedAttention
 from mortise.models.deepseek_v32.model import DeepseekV32ForCausalLM
-from mortise.spec.roles import ForwardMode, ModelRole
+from mortise.spec.roles import ForwardMode
 
 SEQUENCES, LENGTH = 2, 24
-
-
-def reference_ops() -> Ops:
-    return load_backend("reference", role=ModelRole.MAIN).ops
 
 
 def make(has_indexer: bool) -> LanguageModel:
@@ -30,7 +25,7 @@ def make(has_indexer: bool) -> LanguageModel:
 def served_hidden(trained: LanguageModel, token_ids: torch.Tensor) -> torch.Tensor:
     """Hidden states [S, H] of one sequence from the engine's paged prefill."""
     config = trained.config
-    model = DeepseekV32ForCausalLM(config, reference_ops())
+    model = DeepseekV32ForCausalLM(config, reference_context())
     model.load_state_dict(trained.main.state_dict())
     model.finish_loading()
     pool = LatentPool(
@@ -43,7 +38,7 @@ def served_hidden(trained: LanguageModel, token_ids: torch.Tensor) -> torch.Tens
     )
     length = len(token_ids)
     layout = BatchLayout.build(ForwardMode.PREFILL, [length], [length], [[1]], torch.device("cpu"))
-    attend = PagedAttention(model.ops, pool, layout, config.index_topk)
+    attend = PagedAttention(model.context.ops, pool, layout, config.index_topk)
     return model(token_ids, layout.positions(), attend)
 
 
@@ -67,8 +62,8 @@ def test_the_gradients_are_those_of_the_reference() -> None:
     model, plain = make(has_indexer=False), make(has_indexer=False)
     for layer in plain.modules():
         if isinstance(layer, MoELayer):
-            layer.ops = reference_ops()
-            layer.finish_loading()
+            layer.context = reference_context()
+            layer.finish_loading(torch.float32)
     windows = torch.randint(0, 64, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(2))
     for candidate in (model, plain):
         losses = candidate(windows, DenseAttention(SEQUENCES), with_mtp=True)

@@ -95,7 +95,7 @@ def read_environment(environ: Mapping[str, str] = os.environ) -> Environment:
     )
 
 
-def read_launch(environ: Mapping[str, str]) -> Launch | None:
+def read_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
     """Read what torchrun tells each process, None where it tells nothing.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from tests.fixtures.paged_models import CPU, reference_ops
+from tests.fixtures.paged_models import CPU, reference_context, reference_ops
 from tests.fixtures.tiny_models import YARN, tiny_transformers_model
 
 from mortise.kv.latent import LatentPool
@@ -176,6 +176,8 @@ def ours_projected(
 ) -> IndexProjections:
     """What our indexer makes of the tokens."""
     indexer = LightningIndexer(
+        reference_context(),
+        "indexer",
         hidden_size=shape.hidden_size,
         q_lora_rank=shape.latent_size,
         num_heads=shape.num_heads,

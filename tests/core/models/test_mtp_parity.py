@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.fixtures.paged_models import CPU, reference_ops
+from tests.fixtures.paged_models import CPU, reference_context, reference_ops
 from tests.fixtures.tiny_models import YARN, tiny_transformers_model
 
 from mortise.layers.paged_attention import BatchLayout, PagedAttention
@@ -92,14 +92,14 @@ def test_logits_of_the_token_after_the_next(overrides: dict[str, Any]) -> None:
     expected = theirs.lm_head(drafted)[0]
 
     config = DeepseekV32Config.from_dict(theirs.config.to_dict())
-    model = DeepseekV32ForCausalLM(config, reference_ops())
+    model = DeepseekV32ForCausalLM(config, reference_context())
     fill(placements(model), hub_tensors(theirs))
     model.finish_loading()
-    mtp = DeepseekV32MTP(config, NUM_LAYERS, reference_ops())
+    mtp = DeepseekV32MTP(config, NUM_LAYERS, reference_context())
     tensors = mtp_tensors(their_mtp)
     fill(mtp_placements(mtp, NUM_LAYERS), tensors)
     assert not tensors, "every tensor of the layer has its place"
-    mtp.layer.mlp.finish_loading()
+    mtp.layer.mlp.finish_loading(torch.float32)
 
     pool = model.new_pool(4, torch.float32, CPU)
     mtp.layer.self_attn.layer = 0

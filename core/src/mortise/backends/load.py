@@ -70,6 +70,7 @@ def load_backend(
     strict: bool = False,
     source: str = "the caller",
     candidates: Sequence[Candidate] | None = None,
+    local_rank: int = 0,
 ) -> BoundBackend:
     """Find the backend of a name and bind it for one model role.
 
@@ -83,6 +84,7 @@ def load_backend(
         strict: hooks that the backend does not implement are an error.
         source: where the name came from, for the decision (``engine.toml``, ``--backend``).
         candidates: rows of an earlier ``discover_backends``, to read the metadata once.
+        local_rank: number of this process among those of its machine.
 
     Raises:
         BackendError: with the reason code of what went wrong; ``create`` may raise ``ConfigError``.
@@ -93,7 +95,11 @@ def load_backend(
     if options is None:
         options = (options_by_name or {}).get(selection.row.name, {})
     context = BindContext(
-        role=role, device=device, options=dict(options), engine_version=_engine_version(rows)
+        role=role,
+        device=device,
+        options=dict(options),
+        engine_version=_engine_version(rows),
+        local_rank=local_rank,
     )
     parts = bind(owner, selection.row, context)
     row = replace(selection.row, stage=Stage.BOUND)

@@ -10,6 +10,8 @@ import click
 from mortise.cli.output import messages
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mortise.engine.events import Completion
     from mortise.engine.generation import Generation
     from mortise.engine.llm import LLM
@@ -27,6 +29,21 @@ def show_stream(generation: Generation, *, echo: bool) -> None:
         # Without a tokenizer there is no text to show.
         text = event.text if generation.has_text else f"{event.token_id} "
         writer.take(event.index, text, event.finish is not None)
+
+
+def show_completions(completions: Sequence[Completion], *, echo: bool) -> None:
+    """Write completions that are finished, as :func:`show_stream` writes them while they come."""
+    blocks = []
+    for completion in completions:
+        # Without a tokenizer there is no text to show.
+        text = (
+            " ".join(map(str, completion.token_ids))
+            if completion.text is None
+            else (completion.text)
+        )
+        prompt = click.style(completion.prompt, dim=True) if echo and completion.prompt else ""
+        blocks.append(prompt + text + ("" if text.endswith("\n") else "\n"))
+    click.echo("\n".join(blocks), nl=False)
 
 
 class _Writer:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from mortise.cli.output import document, print_json, say
+from mortise.cli.speaker import is_speaker, own_launch
 
 if TYPE_CHECKING:
     from mortise.errors import MortiseError
@@ -62,5 +63,6 @@ def show_failure(failure: Failure, as_json: bool) -> None:
 
 
 def show_warning(text: str) -> None:
-    """Print news to standard error."""
-    say("warning", "bold yellow", text)
+    """Print news to standard error, once if there are several processes."""
+    if is_speaker(own_launch()):
+        say("warning", "bold yellow", text)

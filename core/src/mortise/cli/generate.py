@@ -9,6 +9,7 @@ import click
 
 from mortise.cli.options import configuration_options, json_option, resolve_options
 from mortise.cli.output import document, print_json
+from mortise.cli.speaker import is_speaker, own_launch
 from mortise.errors import RequestError
 
 if TYPE_CHECKING:
@@ -83,29 +84,38 @@ def generate(prompt: str | None, as_json: bool, **options: Any) -> None:
     Where --temperature, --top-p, --top-k and --token-healing are not given, tokens are chosen as
     the model's generation_config.json recommends, and greedily if it recommends nothing.
     """
-    from mortise.cli.completion_stream import show_stream, show_timings
+    from mortise.cli.completion_stream import show_completions, show_stream, show_timings
     from mortise.cli.prompts import read_prompts
     from mortise.cli.session import load_llm
     from mortise.engine.sampling_params import SamplingParams
+    from mortise.parallel.collectives import all_gather_objects
 
     asked = {name: options[name] for name in SAMPLING_OPTIONS if options[name] is not None}
     SamplingParams(**asked)  # a wrong value is refused before anything is loaded
     if options["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs shows nothing without --json")
     resolved = resolve_options(options)
-    given = read_prompts(prompt, options["prompts"], options["prompts_file"])
+    # One process has the standard input; the others are given what it read.
+    given = []
+    if is_speaker(own_launch()):
+        given = read_prompts(prompt, options["prompts"], options["prompts_file"])
     llm = load_llm(resolved)
+    given = all_gather_objects(llm.group, given)[0]
     sampling = replace(llm.default_sampling, **asked)
-    if options["chat"]:
-        generation = llm.stream([_chat_prompt(llm, message) for message in given], sampling)
+    prompts = [_chat_prompt(llm, message) for message in given] if options["chat"] else given
+    echo = not (options["no_echo"] or options["chat"])
+    if as_json or llm.group.world_size > 1:
+        completions = llm.generate(prompts, sampling)
+        if as_json:
+            print_json(_document(llm, completions))
+            return
+        show_completions(completions, echo=echo)
     else:
-        generation = llm.stream(given, sampling)
-    if as_json:
-        print_json(_document(llm, generation.completions()))
-        return
-    show_stream(generation, echo=not (options["no_echo"] or options["chat"]))
-    if not options["quiet"]:
-        show_timings(llm, sampling, generation.completions())
+        generation = llm.stream(prompts, sampling)
+        show_stream(generation, echo=echo)
+        completions = generation.completions()
+    if not options["quiet"] and is_speaker(own_launch()):
+        show_timings(llm, sampling, completions)
 
 
 def _chat_prompt(llm: LLM, message: str | list[int]) -> Prompt:

@@ -7,15 +7,20 @@ import io
 import os
 import sys
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from mortise.cli.failure import Failure, show_failure
+from mortise.cli.speaker import is_speaker, one_voice
+from mortise.env import read_launch
 from mortise.errors import MortiseError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from mortise.env import Launch
 
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -44,11 +49,14 @@ class BoundaryGroup(click.Group):
             return super().main(arguments, prog_name, complete_var, False, **extra)
         as_json = wants_json(arguments)
         _print_whatever_comes()
+        launch: Launch | None = None
         try:
-            code = super().main(arguments, prog_name, complete_var, False, **extra)
+            launch = read_launch()
+            with one_voice(launch):
+                code = super().main(arguments, prog_name, complete_var, False, obj=launch, **extra)
             sys.stdout.flush()
         except MortiseError as error:
-            show_failure(Failure.of(error), as_json)
+            show_failure(failure_of(error, launch), as_json)
             sys.exit(error.exit_code)
         except click.ClickException as error:
             show_failure(usage_failure(error), as_json)
@@ -79,6 +87,17 @@ class BoundaryGroup(click.Group):
             close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=2)
             raise UnknownVerbError(args[0], close, self.list_commands(ctx), ctx)
         return super().resolve_command(ctx, args)
+
+
+def failure_of(error: MortiseError, launch: Launch | None) -> Failure:
+    """What to show of an error; of several processes, only the first one tells all of it."""
+    failure = Failure.of(error)
+    if launch is None:
+        return failure
+    what = f"process {launch.rank} of {launch.world_size}: {failure.what}"
+    if is_speaker(launch):
+        return replace(failure, what=what)
+    return Failure(kind=failure.kind, what=what, reason=failure.reason)
 
 
 class UnknownVerbError(click.UsageError):

@@ -7,8 +7,11 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from mortise.cli.failure import show_warning
 from mortise.cli.output import messages
+from mortise.cli.speaker import is_speaker, own_launch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +30,8 @@ def load_llm(resolved: ResolvedConfig) -> LLM:
     from mortise.engine.llm import LLM
 
     with progress_bar("loading", is_bytes=True) as advance:
-        llm = LLM(resolved, progress=advance)
+        llm = LLM(resolved, progress=advance, launch=own_launch())
+    click.get_current_context().with_resource(llm)
     bound = llm.loaded.bound
     if bound.fallbacks:
         hooks = ", ".join(decision.subject for decision in bound.fallbacks)
@@ -50,7 +54,7 @@ def progress_bar(what: str, *, is_bytes: bool = False) -> Iterator[Callable[[int
     Yields:
         A function to be told what is done and what there is.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not is_speaker(own_launch()):
         yield lambda _done, _total: None
         return
     bar = _Bar(what, is_bytes)

@@ -1,6 +1,12 @@
 """The engine configuration: frozen, checked at the boundary, with the origin of every value."""
 
-from mortise.config.engine import CacheConfig, DispatchConfig, EngineConfig, SchedulerConfig
+from mortise.config.engine import (
+    CacheConfig,
+    DispatchConfig,
+    EngineConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from mortise.config.layers import (
     environment_layers,
     file_layer,
@@ -16,6 +22,7 @@ __all__ = [
     "EngineConfig",
     "FrozenTable",
     "Layer",
+    "ParallelConfig",
     "ResolvedConfig",
     "SchedulerConfig",
     "environment_layers",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mortise.engine.events import TokenEvent
 from mortise.engine.healing import Healing, healing_of
 from mortise.engine.limits import check_prompt, new_token_limit
+from mortise.engine.lockstep import Lockstep
 from mortise.engine.logprobs import TokenLogprobs, logprobs_of
 from mortise.engine.request import Finish, FinishReason, Request, finish_of
 from mortise.engine.runner import Runner
@@ -53,6 +54,8 @@ class Engine:
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         )
         self.runner = Runner(loaded.model, loaded.pool, loaded.device, loaded.threads)
+        self._modes = loaded.modes
+        self._lockstep = Lockstep(loaded.group, loaded.modes, config.dispatch.max_tokens_per_rank)
         self._ids = count()
 
     @property
@@ -123,13 +126,29 @@ class Engine:
             self.scheduler.remove(request)
 
     def step(self) -> list[TokenEvent]:
-        """Run one forward pass; the tokens that came of it, none if it only read prompts."""
+        """Run one forward pass; the tokens that came of it, none if it only read prompts.
+
+        Raises:
+            RankLostError: another rank died or does not answer.
+        """
         batch = self.scheduler.schedule()
         assert batch is not None, "a step without work"
+        mode = self._lockstep.agree(batch)
+        assert mode is not None
         places = batch.sampled()
-        logits_BV = self.runner.run(batch, places)
+        logits_BV = self.runner.run(batch, places, mode)
         self.scheduler.advance(batch)
         return self._sample(logits_BV, [batch.requests[place] for place in places])
+
+    def follow(self) -> None:
+        """Take part in the steps of other ranks, without work of one's own, until all are done.
+
+        Raises:
+            RankLostError: another rank died or does not answer.
+        """
+        assert not self.has_work
+        while (mode := self._lockstep.agree(None)) is not None:
+            self.runner.idle(mode)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """float32 ``[T, vocab]``: what the model expects after each token of one sequence.
@@ -149,7 +168,7 @@ class Engine:
             )
         pages = self._allocator.allocate(pages_for(len(token_ids)))
         try:
-            return self.runner.logits(token_ids, pages, self._chunk)
+            return self.runner.logits(token_ids, pages, self._chunk, self._modes[0])
         finally:
             self._allocator.release(pages)
 

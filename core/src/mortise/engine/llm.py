@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from mortise.checkpoint import Tokenizer
 from mortise.config import EngineConfig, ResolvedConfig
@@ -10,10 +10,12 @@ from mortise.engine.engine import Engine
 from mortise.engine.generation import Delivery, Generation
 from mortise.engine.loading import load_model
 from mortise.engine.prompts import Prompt, prompts_of, sampling_of, token_ids_of
+from mortise.engine.shared_generation import generate_shared
 from mortise.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from types import TracebackType
 
     import torch
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from mortise.engine.events import Completion
     from mortise.engine.loading import LoadedModel, LoadProgress
     from mortise.engine.sampling_params import SamplingParams
+    from mortise.env import Launch
+    from mortise.parallel.group import ExpertParallelGroup
 
     Prompts = str | Prompt | Sequence[int] | Sequence[str | Prompt | Sequence[int]]
     """A text, the tokens of one, or a list of either."""
@@ -44,10 +48,14 @@ class LLM:
     Args:
         config: a whole configuration, made by :class:`EngineConfig` or resolved from files.
         progress: told the bytes loaded so far and the bytes of all weights.
+        launch: this process's place among several that share the model's experts
+            (``mortise.env.read_launch``); each makes its own ``LLM``, and all make the same calls.
+            None is this process alone.
         fields: fields of :class:`EngineConfig`, instead of ``config``.
 
     Raises:
         MortiseError: the configuration, the backend, the model directory or its weights are wrong.
+        ParallelError: the processes do not fit together, or one of them died.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class LLM:
         config: EngineConfig | ResolvedConfig | None = None,
         *,
         progress: LoadProgress | None = None,
+        launch: Launch | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and fields:
@@ -66,13 +75,32 @@ class LLM:
         if not isinstance(config, ResolvedConfig):
             config = ResolvedConfig.of(config or EngineConfig(**fields))
         self.resolved = config
-        self._loaded = load_model(config, progress)
+        self._loaded = load_model(config, progress, launch)
         directory = self._loaded.directory.path
         self._tokenizer = (
             Tokenizer.load(directory) if (directory / TOKENIZER_FILE).is_file() else None
         )
         self._engine = Engine(self._loaded, self._tokenizer, config.config)
         self._delivery = Delivery(self._engine)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the other processes, if there are any; nothing can be generated afterwards.
+
+        Args:
+            error: why, if the others may still count on this one: they are told.
+        """
+        self.group.close(error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(error)
 
     @property
     def config(self) -> EngineConfig:
@@ -83,6 +111,11 @@ class LLM:
     def loaded(self) -> LoadedModel:
         """The model with its facts: architecture, dtype, device, backend, seconds of loading."""
         return self._loaded
+
+    @property
+    def group(self) -> ExpertParallelGroup:
+        """The processes that share the model's experts."""
+        return self._loaded.group
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -117,13 +150,19 @@ class LLM:
             RequestError: before anything runs, if any of them cannot be served as asked.
             CapacityError: likewise, if one alone exceeds the cache.
         """
-        return self.stream(prompts, sampling).completions()
+        if self.group.world_size == 1:
+            return self.stream(prompts, sampling).completions()
+        found = prompts_of(prompts, self._tokenizer)
+        wanted = sampling_of(sampling or self.default_sampling, len(found))
+        return generate_shared(self.group, self._delivery, found, wanted)
 
     def stream(self, prompts: Prompts, sampling: Sampling = None) -> Generation:
         """As :meth:`generate`, one token at a time, the prompts mixed as their tokens come.
 
-        Leaving the loop early and dropping the generation gives up what is not finished.
+        Leaving the loop early and dropping the generation gives up what is not finished. Several
+        processes cannot leave a loop together, so they have no stream.
         """
+        assert self.group.world_size == 1, "several processes generate, they do not stream"
         found = prompts_of(prompts, self._tokenizer)
         return Generation(
             self._delivery, found, sampling_of(sampling or self.default_sampling, len(found))

@@ -12,15 +12,20 @@ from torch import nn
 
 from mortise.backends import Decision, load_backend
 from mortise.checkpoint import CheckpointTensors, ModelDirectory, load_weights
+from mortise.checkpoint.quantization.plan import QuantizationPlan
 from mortise.engine.compute_dtype import decide_dtype
 from mortise.engine.default_sampling import default_sampling
+from mortise.engine.dispatch_modes import dispatch_modes
+from mortise.engine.dispatch_overrides import dispatch_overrides
+from mortise.engine.joining import join_group
 from mortise.engine.materialise import materialise
 from mortise.engine.memory import memory_for, size_text
 from mortise.engine.threads import decide_threads
 from mortise.errors import BackendUnusableError
 from mortise.kv.pages import PAGE_SIZE
+from mortise.layers.context import LayerContext
+from mortise.layers.stored_tensors import StoredTensors
 from mortise.models.registry import family_of
-from mortise.spec.dispatch import DispatchDtype, Override
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ModelRole
 
@@ -31,8 +36,10 @@ if TYPE_CHECKING:
     from mortise.checkpoint import LoadReport
     from mortise.config import ResolvedConfig
     from mortise.engine.sampling_params import SamplingParams
-    from mortise.models.family import CachePool, CausalLM, ModelFacts
-    from mortise.spec.dispatch import DispatchDecision
+    from mortise.env import Launch
+    from mortise.models.family import CachePool, CausalLM, ModelFacts, ModelFamily
+    from mortise.parallel.group import ExpertParallelGroup
+    from mortise.spec.dispatch import DispatchDecision, DispatchMode
 
     LoadProgress = Callable[[int, int], None]
     """Told the bytes loaded so far and the bytes of all."""
@@ -50,6 +57,8 @@ class LoadedModel:
         bound: the backend that answers its hooks.
         dtype: of parameters and hidden state.
         threads: of one operation on the processor; None leaves torch's choice.
+        group: the ranks that share its experts.
+        modes: exchanges that its passes may use.
         default_sampling: how the model wants its tokens chosen when the user says nothing.
         decisions: in the order in which they were taken.
         seconds: wall time from opening the directory.
@@ -62,6 +71,8 @@ class LoadedModel:
     bound: BoundBackend
     dtype: torch.dtype
     threads: int | None
+    group: ExpertParallelGroup
+    modes: tuple[DispatchMode, ...]
     default_sampling: SamplingParams
     decisions: tuple[Decision, ...]
     seconds: float
@@ -72,41 +83,99 @@ class LoadedModel:
         return self.bound.ops.capabilities.device
 
 
-def load_model(resolved: ResolvedConfig, progress: LoadProgress | None = None) -> LoadedModel:
+def load_model(
+    resolved: ResolvedConfig,
+    progress: LoadProgress | None = None,
+    launch: Launch | None = None,
+) -> LoadedModel:
     """Bind the backend, build the model without memory, give it memory, fill it.
 
     The weights are never held twice: each tensor is copied from its file to its place.
+
+    Args:
+        resolved: the configuration.
+        progress: told the bytes loaded so far and the bytes of all.
+        launch: this process's place among those that share the experts; None is it alone.
 
     Raises:
         MortiseError: directory, architecture, backend, weights or memory; each says which.
     """
     started = time.perf_counter()
-    directory = ModelDirectory.open(resolved.config.model)
+    opened = _open(resolved.config.model)
+    bound = bind_backend(resolved, launch)
+    group = join_group(launch, resolved, bound.ops.capabilities, opened.directory, opened.tensors)
+    try:
+        return _load_joined(opened, resolved, bound, group, progress, started)
+    except BaseException as error:
+        # The others would wait for a process that is not coming.
+        group.close(error)
+        raise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """A model directory whose files have been read as far as they are small."""
+
+    directory: ModelDirectory
+    family: ModelFamily
+    facts: ModelFacts
+    sampling: SamplingParams
+    tensors: CheckpointTensors
+
+
+def _open(model: str) -> _Opened:
+    directory = ModelDirectory.open(model)
     family = family_of(directory.config)
-    facts = family.facts(directory.config)
-    sampling = default_sampling(directory.generation_config)
-    tensors = CheckpointTensors(directory.weight_files())
-    bound = bind_backend(resolved)
-    ops = bound.ops
+    return _Opened(
+        directory=directory,
+        family=family,
+        facts=family.facts(directory.config),
+        sampling=default_sampling(directory.generation_config),
+        tensors=CheckpointTensors(directory.weight_files()),
+    )
+
+
+def _load_joined(
+    opened: _Opened,
+    resolved: ResolvedConfig,
+    bound: BoundBackend,
+    group: ExpertParallelGroup,
+    progress: LoadProgress | None,
+    started: float,
+) -> LoadedModel:
+    ops, directory, tensors = bound.ops, opened.directory, opened.tensors
+    family, facts, sampling = opened.family, opened.facts, opened.sampling
+    modes = dispatch_modes(resolved.config, group)
     dtype, dtype_decision = decide_dtype(
         resolved.config.dtype, resolved.origins["dtype"], facts.dtype, ops
     )
+    plan = QuantizationPlan.read(directory, tensors)
+    context = LayerContext(
+        ops=ops,
+        schemes=plan,
+        overrides=dispatch_overrides(resolved, ops.role),
+        modes=modes,
+        group=group,
+        max_tokens_per_rank=resolved.config.dispatch.max_tokens_per_rank,
+    )
     with torch.device("meta"):
-        model = family.build(directory.config, ops, dispatch_override(resolved))
+        model = family.build(directory.config, context)
     assert isinstance(model, nn.Module)
     device = ops.capabilities.device
     materialise(model, dtype, device)
+    placements = tuple(family.placements(model))
+    plan.check_names(placement.name.removesuffix(".weight") for placement in placements)
     report = load_weights(
         tensors,
-        family.placements(model),
-        family.skips(directory.config),
+        placements,
+        (*family.skips(directory.config, group), *plan.skips()),
         progress=_counting(tensors, progress),
     )
     dispatch = model.finish_loading()
     threads, threads_decision = decide_threads(
         resolved.config.threads,
         resolved.origins["threads"],
-        sum(parameter.nbytes for parameter in model.parameters()),
+        sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
     )
     num_pages = resolved.config.cache.capacity_pages
     pool = _new_pool(model, num_pages, dtype, device)
@@ -118,6 +187,8 @@ def load_model(resolved: ResolvedConfig, progress: LoadProgress | None = None) -
         bound=bound,
         dtype=dtype,
         threads=threads,
+        group=group,
+        modes=modes,
         default_sampling=sampling,
         decisions=(
             _model_decision(directory, facts),
@@ -125,7 +196,8 @@ def load_model(resolved: ResolvedConfig, progress: LoadProgress | None = None) -
             dtype_decision,
             threads_decision,
             *_skip_decisions(report),
-            *_dispatch_decisions(dispatch, resolved),
+            *_scheme_decisions(model),
+            *_dispatch_decisions(dispatch),
             _sampling_decision(directory, sampling),
             _cache_decision(pool, resolved),
         ),
@@ -133,7 +205,7 @@ def load_model(resolved: ResolvedConfig, progress: LoadProgress | None = None) -
     )
 
 
-def bind_backend(resolved: ResolvedConfig) -> BoundBackend:
+def bind_backend(resolved: ResolvedConfig, launch: Launch | None = None) -> BoundBackend:
     """The configured backend for the main model.
 
     Raises:
@@ -147,6 +219,7 @@ def bind_backend(resolved: ResolvedConfig) -> BoundBackend:
         options_by_name=config.backend_options,
         strict=config.strict,
         source=resolved.origins["backend"],
+        local_rank=0 if launch is None else launch.local_rank,
     )
     served = bound.ops.capabilities.page_sizes
     if PAGE_SIZE not in served:
@@ -157,14 +230,6 @@ def bind_backend(resolved: ResolvedConfig) -> BoundBackend:
             remedy="use another backend",
         )
     return bound
-
-
-def dispatch_override(resolved: ResolvedConfig) -> Override | None:
-    """The dispatch format that the user set for the main model; ``auto`` is none."""
-    asked = resolved.config.dispatch.dtype
-    if asked == "auto":
-        return None
-    return Override(value=DispatchDtype(asked), source=resolved.origins["dispatch.dtype"])
 
 
 def _counting(
@@ -215,21 +280,41 @@ def _skip_decisions(report: LoadReport) -> Iterator[Decision]:
         )
 
 
-def _dispatch_decisions(
-    dispatch: Mapping[str, DispatchDecision], resolved: ResolvedConfig
-) -> Iterator[Decision]:
-    for layer, decision in dispatch.items():
-        rows = decision.format
-        value = f"{rows.dtype}, {rows.row_layout}, {rows.mode}"
-        asked = decision.asked
+def _scheme_decisions(model: nn.Module) -> Iterator[Decision]:
+    """How the quantised projections are stored; those that are stored alike in one line."""
+    alike = Counter(
+        module.stored
+        for module in model.modules()
+        if isinstance(module, StoredTensors) and module.stored.dialect
+    )
+    for stored, count in alike.items():
+        groups = "" if stored.group_size is None else f" in groups of {stored.group_size}"
         yield Decision(
             role=ModelRole.MAIN,
-            subject=layer,
-            value=value if asked is None else f"{value} instead of {asked}",
-            rule=decision.rule,
-            reason=decision.reason,
-            source=resolved.origins["dispatch.dtype"] if decision.rule == "override" else "",
+            subject="weights",
+            value=f"{count} projections {stored.scheme}{groups}",
+            rule="checkpoint",
+            reason=stored.reason,
+            source=stored.dialect,
         )
+
+
+def _dispatch_decisions(
+    dispatch: Mapping[str, tuple[DispatchDecision, ...]],
+) -> Iterator[Decision]:
+    for layer, decisions in dispatch.items():
+        for decision in decisions:
+            rows = decision.format
+            value = f"{rows.dtype}, {rows.row_layout}, {rows.mode}"
+            asked = decision.asked
+            yield Decision(
+                role=ModelRole.MAIN,
+                subject=layer,
+                value=value if asked is None else f"{value} instead of {asked}",
+                rule=decision.rule,
+                reason=decision.reason,
+                source=decision.source,
+            )
 
 
 def _sampling_decision(directory: ModelDirectory, sampling: SamplingParams) -> Decision:

@@ -19,6 +19,7 @@ def materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> N
         CapacityError: the device has not enough memory.
     """
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    needed += sum(buffer.nbytes for buffer in model.buffers())
     remedy = "use a device with more memory, or a smaller model"
     with memory_for("the parameters of the model", needed, device, remedy):
         for module in model.modules():

@@ -8,6 +8,7 @@ import torch
 
 from mortise.engine.threads import num_threads
 from mortise.layers.paged_attention import BatchLayout
+from mortise.spec.dispatch import DispatchMode
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
@@ -37,12 +38,18 @@ class Runner:
         self._page_lists: list[list[int]] = []
         self._page_table = torch.empty(0, 0, dtype=torch.int32, device=device)
 
-    def run(self, batch: Batch, sampled: Sequence[int]) -> torch.Tensor:
+    def run(
+        self,
+        batch: Batch,
+        sampled: Sequence[int],
+        dispatch_mode: DispatchMode = DispatchMode.NORMAL,
+    ) -> torch.Tensor:
         """Write the batch's tokens to the cache.
 
         Args:
             batch: what to compute.
             sampled: places of the requests whose last row is wanted, ascending.
+            dispatch_mode: how tokens travel to their experts; the same on every rank.
 
         Returns:
             float32 ``[len(sampled), vocab]``.
@@ -59,16 +66,35 @@ class Runner:
             context_lens=tuple(context_lens),
             page_table=self._table([request.pages for request in batch.requests]),
             prompt_lens=tuple(request.num_prompt_tokens for request in batch.requests),
+            dispatch_mode=dispatch_mode,
         )
         return self._forward(token_ids, layout, _last_rows(batch, sampled))
 
-    def logits(self, token_ids: Sequence[int], pages: list[int], chunk: int) -> torch.Tensor:
+    def idle(self, dispatch_mode: DispatchMode) -> None:
+        """Take part in a pass of other ranks, whose experts are here, with no token."""
+        layout = BatchLayout(
+            mode=ForwardMode.IDLE,
+            query_lens=(),
+            context_lens=(),
+            page_table=torch.empty(0, 0, dtype=torch.int32, device=self.device),
+            dispatch_mode=dispatch_mode,
+        )
+        self._forward([], layout, [])
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        pages: list[int],
+        chunk: int,
+        dispatch_mode: DispatchMode = DispatchMode.NORMAL,
+    ) -> torch.Tensor:
         """float32 ``[T, vocab]``: every position of one sequence, computed in chunks.
 
         Args:
             token_ids: T ids.
             pages: pages for all of them, which nobody else uses meanwhile.
             chunk: tokens in one pass.
+            dispatch_mode: how tokens travel to their experts; the same on every rank.
         """
         parts = []
         for start in range(0, len(token_ids), chunk):
@@ -79,6 +105,7 @@ class Runner:
                 context_lens=(end,),
                 page_table=self._table([pages]),
                 prompt_lens=(len(token_ids),),
+                dispatch_mode=dispatch_mode,
             )
             parts.append(self._forward(list(token_ids[start:end]), layout, None))
         return torch.cat(parts)

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mortise.layers.linear import float_weight, linear
 from mortise.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
+    from mortise.layers.context import LayerContext
     from mortise.layers.rotary import Rotation
 
 
@@ -79,6 +81,8 @@ class LightningIndexer(nn.Module):
 
     def __init__(
         self,
+        context: LayerContext,
+        name: str,
         *,
         hidden_size: int,
         q_lora_rank: int,
@@ -88,10 +92,12 @@ class LightningIndexer(nn.Module):
         topk: int,
     ) -> None:
         super().__init__()
-        self.wq_b = nn.Linear(q_lora_rank, num_heads * head_dim, bias=False)
-        self.wk = nn.Linear(hidden_size, head_dim, bias=False)
+        self.wq_b = linear(context, [f"{name}.wq_b"], q_lora_rank, num_heads * head_dim)
+        self.wk = linear(context, [f"{name}.wk"], hidden_size, head_dim)
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
-        self.weights_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.weights_proj = linear(
+            context, [f"{name}.weights_proj"], hidden_size, num_heads, as_float=True
+        )
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.rope_dim = rope_dim
@@ -112,7 +118,7 @@ class LightningIndexer(nn.Module):
             query=both_TMD[:, :-1],
             key=both_TMD[:, -1],
             # In float32 whatever the model's dtype is, as published.
-            weights=F.linear(hidden_TH.float(), self.weights_proj.weight.float()) * scale,
+            weights=F.linear(hidden_TH.float(), float_weight(self.weights_proj).float()) * scale,
         )
 
 
@@ -123,28 +129,46 @@ class MLAttention(nn.Module):
         layer: index of the layer in the cache.
         shape: sizes.
         indexer: the lightning indexer, or None for attention to every key.
+        context: where the model is built.
+        name: dotted name in the checkpoint.
     """
 
-    def __init__(self, layer: int, shape: MLAShape, indexer: LightningIndexer | None) -> None:
+    def __init__(
+        self,
+        layer: int,
+        shape: MLAShape,
+        indexer: LightningIndexer | None,
+        context: LayerContext,
+        name: str,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.shape = shape
         hidden, heads, bias = shape.hidden_size, shape.num_attention_heads, shape.attention_bias
         head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
         if shape.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
+            self.q_proj = linear(context, [f"{name}.q_proj"], hidden, heads * head_dim)
         else:
-            self.q_a_proj = nn.Linear(hidden, shape.q_lora_rank, bias=bias)
-            self.q_a_layernorm = RMSNorm(shape.q_lora_rank, shape.rms_norm_eps)
-            self.q_b_proj = nn.Linear(shape.q_lora_rank, heads * head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
-            hidden, shape.kv_lora_rank + shape.qk_rope_head_dim, bias=bias
+            rank = shape.q_lora_rank
+            self.q_a_proj = linear(context, [f"{name}.q_a_proj"], hidden, rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(rank, shape.rms_norm_eps)
+            self.q_b_proj = linear(context, [f"{name}.q_b_proj"], rank, heads * head_dim)
+        latent_dim = shape.kv_lora_rank + shape.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = linear(
+            context, [f"{name}.kv_a_proj_with_mqa"], hidden, latent_dim, bias=bias
         )
         self.kv_a_layernorm = RMSNorm(shape.kv_lora_rank, shape.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(
-            shape.kv_lora_rank, heads * (shape.qk_nope_head_dim + shape.v_head_dim), bias=False
+        # Attention also multiplies its parts with queries, so it is needed as a matrix.
+        self.kv_b_proj = linear(
+            context,
+            [f"{name}.kv_b_proj"],
+            shape.kv_lora_rank,
+            heads * (shape.qk_nope_head_dim + shape.v_head_dim),
+            as_float=True,
         )
-        self.o_proj = nn.Linear(heads * shape.v_head_dim, hidden, bias=bias)
+        self.o_proj = linear(
+            context, [f"{name}.o_proj"], heads * shape.v_head_dim, hidden, bias=bias
+        )
         self.indexer = indexer
 
     def forward(self, hidden_TH: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
@@ -194,6 +218,6 @@ class MLAttention(nn.Module):
     def absorbed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of ``kv_b_proj``: ``[N, qk_nope, kv_lora_rank]`` and ``[N, v, kv_lora_rank]``."""
         shape = self.shape
-        weight_NDL = self.kv_b_proj.weight.unflatten(0, (shape.num_attention_heads, -1))
+        weight_NDL = float_weight(self.kv_b_proj).unflatten(0, (shape.num_attention_heads, -1))
         key, value = weight_NDL.split([shape.qk_nope_head_dim, shape.v_head_dim], dim=1)
         return key, value

@@ -2,171 +2,267 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from mortise.errors import BackendUnusableError, ContractError
-from mortise.spec.capabilities import ExpertLayerRequest
+from mortise.errors import BackendUnusableError
+from mortise.layers.linear import stored_placements
+from mortise.layers.stored_tensors import StoredTensors
+from mortise.parallel.collectives import all_reduce_max_float
+from mortise.parallel.portable import create_portable_dispatcher
+from mortise.spec.capabilities import ExpertLayerRequest, ExpertMethod
 from mortise.spec.dispatch import (
     DispatchDecision,
-    DispatchDtype,
     DispatchMode,
     DispatchRequest,
-    Override,
     TokenDispatcher,
     TokenDispatcherRequest,
 )
 from mortise.spec.experts import ExpertWeights
 from mortise.spec.hooks import NotSupported
+from mortise.spec.methods import ordinary_method
 from mortise.spec.reasons import ReasonCode
-from mortise.spec.weights import StoredWeight, WeightScheme
+from mortise.spec.weights import WeightScheme
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from mortise.backends.ops import Ops
+    from mortise.checkpoint.placement import Placement
+    from mortise.layers.context import LayerContext
     from mortise.layers.mlp import SwiGLU
     from mortise.layers.router import GroupedSigmoidRouter
 
-ACCEPTED_UNQUANTISED: Final[Mapping[torch.dtype, tuple[DispatchDtype, ...]]] = MappingProxyType(
-    {torch.float32: (DispatchDtype.FP32,), torch.bfloat16: (DispatchDtype.BF16,)}
-)
-"""Formats that experts of scheme ``FLOAT`` can consume."""
-
 
 class RoutedExperts(nn.Module):
-    """The stored weights of a layer's experts.
+    """The stored weights of this rank's share of a layer's experts.
 
-    ``w13`` ``[E, 2I, H]``, gate before up, and ``w2`` ``[E, H, I]``.
+    ``w13`` ``[E_l, 2I, H]``, gate before up, and ``w2`` ``[E_l, H, I]``; rank r of G holds the r-th
+    of G equal parts of the experts.
+
+    Args:
+        context: where the model is built.
+        name: dotted name of the experts in the checkpoint (``model.layers.3.mlp.experts``).
+        num_experts: of all ranks.
+        hidden_size, intermediate_size: H and I.
+
+    Raises:
+        QuantizationConfigError: the experts are not all stored in the same scheme.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self,
+        context: LayerContext,
+        name: str,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+    ) -> None:
         super().__init__()
-        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
-        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self._schemes = context.schemes
+        self._name = name
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.local = context.group.share(num_experts)
+        every = range(num_experts)
+        w13 = context.schemes.common_scheme([module for e in every for module in self._gate_up(e)])
+        w2 = context.schemes.common_scheme([module for e in every for module in self._down(e)])
+        self.w13 = StoredTensors(
+            w13, 2 * intermediate_size, hidden_size, num_parts=2, num_experts=len(self.local)
+        )
+        self.w2 = StoredTensors(w2, hidden_size, intermediate_size, num_experts=len(self.local))
+
+    def placements(self) -> Iterator[Placement]:
+        """Where the tensors of this rank's experts go."""
+        for place, expert in enumerate(self.local):
+            yield from stored_placements(self._schemes, self._gate_up(expert), self.w13, place)
+            yield from stored_placements(self._schemes, self._down(expert), self.w2, place)
 
     def record(self, layer: str) -> ExpertWeights:
         """The weights as the hooks take them."""
-        num_experts, hidden_size, intermediate_size = self.w2.shape
         return ExpertWeights(
             layer=layer,
-            w13=StoredWeight(scheme=WeightScheme.FLOAT, weight=self.w13),
-            w2=StoredWeight(scheme=WeightScheme.FLOAT, weight=self.w2),
-            num_local_experts=num_experts,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
+            w13=self.w13.record(),
+            w2=self.w2.record(),
+            num_local_experts=len(self.local),
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
         )
+
+    def _gate_up(self, expert: int) -> tuple[str, str]:
+        return f"{self._name}.{expert}.gate_proj", f"{self._name}.{expert}.up_proj"
+
+    def _down(self, expert: int) -> tuple[str]:
+        return (f"{self._name}.{expert}.down_proj",)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """How the tokens of one mode travel: what was decided, and who carries them."""
+
+    decision: DispatchDecision
+    dispatcher: TokenDispatcher
 
 
 class MoELayer(nn.Module):
     """Router, exchange, routed experts and shared experts.
 
     Args:
+        context: where the model is built.
         name: dotted module name, shown in decisions and errors.
-        ops: the bound hooks of this model's role.
         router: chooses the experts of each token.
-        override: the user's explicit dispatch format for this role, or None.
     """
 
     def __init__(
         self,
-        *,
+        context: LayerContext,
         name: str,
-        ops: Ops,
+        *,
         router: GroupedSigmoidRouter,
         experts: RoutedExperts,
         shared_experts: SwiGLU | None,
-        override: Override | None = None,
     ) -> None:
         super().__init__()
         self.name = name
-        self.ops = ops
-        self.override = override
+        self.context = context
         self.gate = router
         self.experts = experts
         self.shared_experts = shared_experts
-        self.decision: DispatchDecision | None = None
         self._weights: ExpertWeights | None = None
-        self._dispatcher: TokenDispatcher | None = None
+        self._exchanges: Mapping[DispatchMode, Exchange] = {}
 
-    def finish_loading(self) -> DispatchDecision:
-        """Decide the dispatch format and lay the weights out; again after every weight update.
+    @property
+    def decisions(self) -> tuple[DispatchDecision, ...]:
+        """What was decided, one for each mode."""
+        return tuple(exchange.decision for exchange in self._exchanges.values())
+
+    def finish_loading(self, compute_dtype: torch.dtype) -> tuple[DispatchDecision, ...]:
+        """Decide the dispatch formats and lay the weights out; again after every weight update.
+
+        Args:
+            compute_dtype: dtype of the hidden state.
 
         Raises:
             BackendUnusableError: the backend says that it cannot serve this layer.
             ConfigError: the user asked for a format that the experts cannot consume.
         """
+        ops = self.context.ops
         weights = self.experts.record(self.name)
-        self._require_support(weights)
-        self.decision = self.ops.resolve_dispatch_dtype(self._dispatch_request(weights))
-        self._weights = self.ops.prepare_expert_weights(weights, self.decision)
-        self._dispatcher = self._make_dispatcher(weights)
-        return self.decision
+        method = self._method(weights, compute_dtype)
+        decisions = {
+            mode: ops.resolve_dispatch_dtype(self._request(mode, weights, method, compute_dtype))
+            for mode in self.context.modes
+        }
+        # Preparing what is prepared changes nothing, so every mode has its say.
+        for decision in decisions.values():
+            weights = ops.prepare_expert_weights(weights, decision)
+        self._exchanges = {
+            mode: Exchange(decision, self._dispatcher(mode)) for mode, decision in decisions.items()
+        }
+        self._weights = weights
+        return self.decisions
 
-    def _require_support(self, weights: ExpertWeights) -> None:
-        support = self.ops.supports(
+    def _method(self, weights: ExpertWeights, compute_dtype: torch.dtype) -> ExpertMethod:
+        ops = self.context.ops
+        static_input = weights.w13.input_scale is not None
+        support = ops.supports(
             ExpertLayerRequest(
-                role=self.ops.role,
+                role=ops.role,
                 layer=self.name,
                 scheme_w13=weights.w13.scheme,
                 scheme_w2=weights.w2.scheme,
-                num_experts=weights.num_local_experts,
+                num_experts=self.experts.num_experts,
                 num_experts_per_tok=self.gate.num_experts_per_tok,
                 hidden_size=weights.hidden_size,
                 intermediate_size=weights.intermediate_size,
-                compute_dtype=weights.w13.weight.dtype,
+                compute_dtype=compute_dtype,
+                num_local_experts=weights.num_local_experts,
+                static_input=static_input,
             )
         )
         if not support.ok:
             raise BackendUnusableError(
                 f"layer {self.name}: {support.reason}",
                 reason=ReasonCode.REQUEST_UNSUPPORTED,
-                details=[f"backend {self.ops.backend}"],
+                details=[f"backend {ops.backend}"],
                 remedy="use a backend that serves these experts, or the reference",
             )
+        if support.method is not None:
+            return support.method
+        return ordinary_method(weights.w13.scheme, compute_dtype, static_input=static_input)
 
-    def _dispatch_request(self, weights: ExpertWeights) -> DispatchRequest:
+    def _request(
+        self,
+        mode: DispatchMode,
+        weights: ExpertWeights,
+        method: ExpertMethod,
+        compute_dtype: torch.dtype,
+    ) -> DispatchRequest:
+        stored = weights.w13
+        is_block = stored.scheme is WeightScheme.FP8_BLOCK
         return DispatchRequest(
-            role=self.ops.role,
+            role=self.context.ops.role,
             layer=self.name,
-            mode=DispatchMode.NORMAL,
-            override=self.override,
-            scheme_w13=weights.w13.scheme,
+            mode=mode,
+            override=self.context.overrides.get(mode),
+            scheme_w13=stored.scheme,
             scheme_w2=weights.w2.scheme,
-            accepted=ACCEPTED_UNQUANTISED[weights.w13.weight.dtype],
-            compute_dtype=weights.w13.weight.dtype,
+            accepted=method.accepted,
+            requested_in_mode=method.requested_in_mode.get(mode),
+            requested=method.requested,
+            input_global_scale=self._input_global_scale(weights),
+            scale_format=stored.scale_format if is_block else None,
+            runner=method.runner,
+            runner_quantises=method.runner_quantises,
+            compute_dtype=compute_dtype,
         )
 
-    def _make_dispatcher(self, weights: ExpertWeights) -> TokenDispatcher:
-        dispatcher = self.ops.create_token_dispatcher(
-            TokenDispatcherRequest(
-                role=self.ops.role,
-                layer=self.name,
-                num_experts=weights.num_local_experts,
-                num_experts_per_tok=self.gate.num_experts_per_tok,
-                hidden_size=weights.hidden_size,
-            )
+    def _input_global_scale(self, weights: ExpertWeights) -> float | None:
+        """One for all experts of all ranks, since a row is quantised before it meets any of them.
+
+        The largest: under a smaller one the rows of another expert would saturate.
+        """
+        stored = weights.w13
+        if stored.scheme is not WeightScheme.NVFP4 or stored.input_scale is None:
+            return None
+        return all_reduce_max_float(self.context.group, float(stored.input_scale.max()))
+
+    def _dispatcher(self, mode: DispatchMode) -> TokenDispatcher:
+        """The device's own exchange where it has one, else the portable one."""
+        group = self.context.group
+        request = TokenDispatcherRequest(
+            role=self.context.ops.role,
+            layer=self.name,
+            num_experts=self.experts.num_experts,
+            num_experts_per_tok=self.gate.num_experts_per_tok,
+            hidden_size=self.experts.hidden_size,
+            world_size=group.world_size,
+            rank=group.rank,
+            mode=mode,
+            max_tokens_per_rank=self.context.max_tokens_per_rank,
+            two_stage=self.shared_experts is not None,
+            process_group=group.process_group,
         )
+        dispatcher = self.context.ops.create_token_dispatcher(request)
         if isinstance(dispatcher, NotSupported):
-            raise ContractError(
-                f"layer {self.name}: no token dispatcher for one process",
-                reason=ReasonCode.REQUEST_UNSUPPORTED,
-                remedy="use a backend that serves one process, or the reference",
-            )
+            return create_portable_dispatcher(request, group)
         return dispatcher
 
-    def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_TH: torch.Tensor, mode: DispatchMode = DispatchMode.NORMAL
+    ) -> torch.Tensor:
         """``[T, H]`` to ``[T, H]``: routed plus shared experts."""
-        assert self.decision is not None and self._weights is not None, "finish_loading comes first"
-        assert self._dispatcher is not None
+        assert self._weights is not None, "finish_loading comes first"
+        exchange = self._exchanges[mode]
         routing = self.gate(hidden_TH)
-        tokens, handle = self._dispatcher.dispatch(hidden_TH, routing, self.decision.format)
-        rows = self.ops.quantized_moe_apply(tokens, self._weights, hidden_TH.dtype)
-        routed_TH = self._dispatcher.combine(rows, handle)
-        if self.shared_experts is None:
-            return routed_TH
-        shared_TH: torch.Tensor = self.shared_experts(hidden_TH)
-        return routed_TH + shared_TH
+        tokens, handle = exchange.dispatcher.dispatch(hidden_TH, routing, exchange.decision.format)
+        # Between the two stages of the exchange, while the rows are on their way.
+        shared_TH = None if self.shared_experts is None else self.shared_experts(hidden_TH)
+        if tokens.receive is not None:
+            tokens.receive()
+        rows = self.context.ops.quantized_moe_apply(tokens, self._weights, hidden_TH.dtype)
+        routed_TH = exchange.dispatcher.combine(rows, handle)
+        return routed_TH if shared_TH is None else routed_TH + shared_TH

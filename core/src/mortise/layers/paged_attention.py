@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mortise.kv.pages import PAGE_SIZE
 from mortise.layers.index_selection import RowSpan, select_keys
+from mortise.spec.dispatch import DispatchMode
 from mortise.spec.paged_mqa import IndexKeyPages, PagedMQAMetadata
 from mortise.spec.roles import ForwardMode
 
@@ -32,6 +33,7 @@ class BatchLayout:
         page_table: int32 ``[B, pages]``, each row padded with any valid page.
         prompt_lens: tokens that each request was given, B integers, or None: all there are in a
             prefill, none in other modes. Ties between index scores are resolved over the prompt.
+        dispatch_mode: how the tokens travel to their experts; the same on every rank.
     """
 
     mode: ForwardMode
@@ -39,6 +41,7 @@ class BatchLayout:
     context_lens: tuple[int, ...]
     page_table: torch.Tensor
     prompt_lens: tuple[int, ...] | None = None
+    dispatch_mode: DispatchMode = DispatchMode.NORMAL
 
     @classmethod
     def build(
@@ -151,6 +154,11 @@ class PagedAttention:
     def positions(self) -> torch.Tensor:
         """int64 ``[T]``: position of each token in its request."""
         return self._positions_T
+
+    @property
+    def dispatch_mode(self) -> DispatchMode:
+        """How the tokens travel to their experts."""
+        return self.layout.dispatch_mode
 
     @property
     def _is_sparse(self) -> bool:

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mortise.backends.ops import Ops
     from mortise.checkpoint.placement import Placement, Skip
+    from mortise.layers.context import LayerContext
     from mortise.layers.paged_attention import BatchLayout
-    from mortise.spec.dispatch import DispatchDecision, Override
+    from mortise.parallel.group import ExpertParallelGroup
+    from mortise.spec.dispatch import DispatchDecision, DispatchMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +53,20 @@ class PagedPass(Protocol):
         """int64 ``[T]``: position of each token in its request."""
         ...
 
+    @property
+    def dispatch_mode(self) -> DispatchMode:
+        """How the tokens travel to their experts."""
+        ...
+
 
 class CausalLM(Protocol):
     """A language model of one role, built on bound hooks."""
 
-    def finish_loading(self) -> Mapping[str, DispatchDecision]:
+    def finish_loading(self) -> Mapping[str, tuple[DispatchDecision, ...]]:
         """Decide and prepare, once the weights are in; again after weight updates.
 
         Returns:
-            What was decided for each layer of experts, by its dotted name.
+            What was decided for each layer of experts, one for each mode, by its dotted name.
         """
         ...
 
@@ -97,7 +103,7 @@ class ModelFamily(Protocol):
         """
         ...
 
-    def build(self, raw: Mapping[str, object], ops: Ops, override: Override | None) -> CausalLM:
+    def build(self, raw: Mapping[str, object], context: LayerContext) -> CausalLM:
         """The model with empty parameters on the current default device and dtype."""
         ...
 
@@ -105,6 +111,6 @@ class ModelFamily(Protocol):
         """Where every tensor of the checkpoint goes."""
         ...
 
-    def skips(self, raw: Mapping[str, object]) -> tuple[Skip, ...]:
+    def skips(self, raw: Mapping[str, object], group: ExpertParallelGroup) -> tuple[Skip, ...]:
         """Tensors a checkpoint may hold beyond those, each with the reason why they are left."""
         ...

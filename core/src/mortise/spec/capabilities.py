@@ -52,12 +52,15 @@ class BindContext:
         device: the configured device (``cpu``, ``emulated``, ...), or None for the backend's own.
         options: the backend's own table of the engine configuration, unvalidated.
         engine_version: version of the core.
+        local_rank: number of this process among those of its machine; it chooses the device where
+            ``device`` names none.
     """
 
     role: ModelRole
     device: str | None
     options: Mapping[str, object] = field(default_factory=dict)
     engine_version: str
+    local_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,8 +48,8 @@ class StoredWeight:
 
     ``...`` below is nothing or ``E_l``. S is the number of equal parts of N that were separate
     projections in the checkpoint: 2 for gate over up, else 1. G is the number of groups of columns
-    that share a scale; 1 is per channel. B is the number of blocks of rows, counted in each part for
-    itself: S times (N/S)/128. Divisions round up.
+    that share a scale; 1 is per channel. B is the number of blocks of rows, counted in each part
+    for itself: S times (N/S)/128. Divisions round up.
 
     ========== ======================== ================================= =========================
     scheme     ``weight``               ``scale``                         other

@@ -12,10 +12,10 @@ from mortise.models.family import ModelFacts
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from mortise.backends.ops import Ops
     from mortise.checkpoint.placement import Placement, Skip
+    from mortise.layers.context import LayerContext
     from mortise.models.family import CausalLM
-    from mortise.spec.dispatch import Override
+    from mortise.parallel.group import ExpertParallelGroup
 
 
 class DeepseekV32Family:
@@ -36,15 +36,15 @@ class DeepseekV32Family:
             dtype=config.torch_dtype,
         )
 
-    def build(self, raw: Mapping[str, object], ops: Ops, override: Override | None) -> CausalLM:
+    def build(self, raw: Mapping[str, object], context: LayerContext) -> CausalLM:
         """See :class:`~mortise.models.family.ModelFamily`."""
-        return DeepseekV32ForCausalLM(DeepseekV32Config.from_dict(raw), ops, override)
+        return DeepseekV32ForCausalLM(DeepseekV32Config.from_dict(raw), context)
 
     def placements(self, model: CausalLM) -> Iterable[Placement]:
         """See :class:`~mortise.models.family.ModelFamily`."""
         assert isinstance(model, DeepseekV32ForCausalLM)
         return weights.placements(model)
 
-    def skips(self, raw: Mapping[str, object]) -> tuple[Skip, ...]:
+    def skips(self, raw: Mapping[str, object], group: ExpertParallelGroup) -> tuple[Skip, ...]:
         """See :class:`~mortise.models.family.ModelFamily`."""
-        return weights.skips(DeepseekV32Config.from_dict(raw))
+        return weights.skips(DeepseekV32Config.from_dict(raw), group)

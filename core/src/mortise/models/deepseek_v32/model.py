@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mortise.kv.latent import LatentPool
+from mortise.layers.finish import finish_loading
 from mortise.layers.mla import Attend, LightningIndexer, MLAttention
 from mortise.layers.mlp import SwiGLU
 from mortise.layers.moe import MoELayer, RoutedExperts
@@ -16,13 +17,14 @@ from mortise.layers.norm import RMSNorm
 from mortise.layers.paged_attention import PagedAttention
 from mortise.layers.rotary import RotaryEmbedding, Rotation
 from mortise.layers.router import GroupedSigmoidRouter
+from mortise.spec.dispatch import DispatchMode
 
 if TYPE_CHECKING:
-    from mortise.backends.ops import Ops
+    from mortise.layers.context import LayerContext
     from mortise.layers.paged_attention import BatchLayout
     from mortise.models.deepseek_v32.config import DeepseekV32Config
     from mortise.models.family import CachePool, PagedPass
-    from mortise.spec.dispatch import DispatchDecision, Override
+    from mortise.spec.dispatch import DispatchDecision
 
 
 class DecoderLayer(nn.Module):
@@ -32,33 +34,47 @@ class DecoderLayer(nn.Module):
         index: place of the layer in the checkpoint's numbering and in the cache.
     """
 
-    def __init__(
-        self, config: DeepseekV32Config, index: int, ops: Ops, override: Override | None = None
-    ) -> None:
+    def __init__(self, config: DeepseekV32Config, index: int, context: LayerContext) -> None:
         super().__init__()
+        name = f"model.layers.{index}"
+        self.schemes = context.schemes
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MLAttention(index, config.mla_shape(), _indexer(config))
+        self.self_attn = MLAttention(
+            index,
+            config.mla_shape(),
+            _indexer(config, context, f"{name}.self_attn.indexer"),
+            context,
+            f"{name}.self_attn",
+        )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: SwiGLU | MoELayer
         if config.is_dense(index):
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+            self.mlp = SwiGLU(context, f"{name}.mlp", config.hidden_size, config.intermediate_size)
         else:
-            self.mlp = _moe(config, f"model.layers.{index}.mlp", ops, override)
+            self.mlp = _moe(config, f"{name}.mlp", context)
 
-    def forward(self, hidden_TH: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
-        """``[T, H]`` to ``[T, H]``."""
+    def forward(
+        self,
+        hidden_TH: torch.Tensor,
+        rotation: Rotation,
+        attend: Attend,
+        mode: DispatchMode = DispatchMode.NORMAL,
+    ) -> torch.Tensor:
+        """``[T, H]`` to ``[T, H]``; ``mode`` is how tokens travel to their experts."""
         attended_TH = self.self_attn(self.input_layernorm(hidden_TH), rotation, attend)
         hidden_TH = hidden_TH + attended_TH
-        output_TH: torch.Tensor = hidden_TH + self.mlp(self.post_attention_layernorm(hidden_TH))
+        normalised_TH = self.post_attention_layernorm(hidden_TH)
+        if isinstance(self.mlp, MoELayer):
+            output_TH: torch.Tensor = hidden_TH + self.mlp(normalised_TH, mode)
+        else:
+            output_TH = hidden_TH + self.mlp(normalised_TH)
         return output_TH
 
 
 class DeepseekV32Model(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(
-        self, config: DeepseekV32Config, ops: Ops, override: Override | None = None
-    ) -> None:
+    def __init__(self, config: DeepseekV32Config, context: LayerContext) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(
             config.vocab_size,
@@ -66,17 +82,21 @@ class DeepseekV32Model(nn.Module):
             _weight=torch.empty(config.vocab_size, config.hidden_size),
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, ops, override) for index in range(config.num_hidden_layers)
+            DecoderLayer(config, index, context) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, token_ids_T: torch.Tensor, rotation: Rotation, attend: Attend
+        self,
+        token_ids_T: torch.Tensor,
+        rotation: Rotation,
+        attend: Attend,
+        mode: DispatchMode = DispatchMode.NORMAL,
     ) -> torch.Tensor:
         """Token ids int64 ``[T]`` to normalised hidden states ``[T, H]``."""
         hidden_TH = self.embed_tokens(token_ids_T)
         for layer in self.layers:
-            hidden_TH = layer(hidden_TH, rotation, attend)
+            hidden_TH = layer(hidden_TH, rotation, attend, mode)
         normalised: torch.Tensor = self.norm(hidden_TH)
         return normalised
 
@@ -89,27 +109,24 @@ class DeepseekV32ForCausalLM(nn.Module):
 
     Args:
         config: the model's configuration.
-        ops: the hooks bound for this role.
-        override: the user's dispatch format for this role, or None.
+        context: hooks, stored schemes, and the other surroundings of this role.
     """
 
-    def __init__(
-        self, config: DeepseekV32Config, ops: Ops, override: Override | None = None
-    ) -> None:
+    def __init__(self, config: DeepseekV32Config, context: LayerContext) -> None:
         super().__init__()
         self.config = config
-        self.ops = ops
-        self.model = DeepseekV32Model(config, ops, override)
+        self.context = context
+        self.model = DeepseekV32Model(config, context)
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = rotary_embedding(config)
 
-    def finish_loading(self) -> dict[str, DispatchDecision]:
-        """Let every layer of experts decide and prepare; after loading and after weight updates."""
-        self.rotary.to(self.model.norm.weight.device)
-        layers = [module for module in self.modules() if isinstance(module, MoELayer)]
-        return {layer.name: layer.finish_loading() for layer in layers}
+    def finish_loading(self) -> dict[str, tuple[DispatchDecision, ...]]:
+        """Let every layer decide and prepare; after loading and after weight updates."""
+        norm = self.model.norm.weight
+        self.rotary.to(norm.device)
+        return finish_loading(self, norm.dtype)
 
     def new_pool(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> LatentPool:
         """An empty cache for every layer."""
@@ -125,19 +142,25 @@ class DeepseekV32ForCausalLM(nn.Module):
     def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedAttention:
         """Plan one forward pass over the cache."""
         assert isinstance(pool, LatentPool)
-        return PagedAttention(self.ops, pool, layout, self.config.index_topk)
+        return PagedAttention(self.context.ops, pool, layout, self.config.index_topk)
 
     def run(self, token_ids_T: torch.Tensor, paged_pass: PagedPass) -> torch.Tensor:
         """Normalised hidden states ``[T, H]`` of int64 token ids ``[T]``."""
         assert isinstance(paged_pass, PagedAttention)
-        hidden: torch.Tensor = self(token_ids_T, paged_pass.positions, paged_pass)
+        hidden: torch.Tensor = self(
+            token_ids_T, paged_pass.positions, paged_pass, paged_pass.dispatch_mode
+        )
         return hidden
 
     def forward(
-        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        attend: Attend,
+        mode: DispatchMode = DispatchMode.NORMAL,
     ) -> torch.Tensor:
         """Normalised hidden states ``[T, H]`` of int64 token ids and positions ``[T]``."""
-        hidden: torch.Tensor = self.model(token_ids_T, self.rotary(positions_T), attend)
+        hidden: torch.Tensor = self.model(token_ids_T, self.rotary(positions_T), attend, mode)
         return hidden
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
@@ -154,12 +177,16 @@ def rotary_embedding(config: DeepseekV32Config) -> RotaryEmbedding:
         )
 
 
-def _indexer(config: DeepseekV32Config) -> LightningIndexer | None:
+def _indexer(
+    config: DeepseekV32Config, context: LayerContext, name: str
+) -> LightningIndexer | None:
     if not config.has_indexer:
         return None
     assert config.q_lora_rank and config.index_n_heads
     assert config.index_head_dim and config.index_topk
     return LightningIndexer(
+        context,
+        name,
         hidden_size=config.hidden_size,
         q_lora_rank=config.q_lora_rank,
         num_heads=config.index_n_heads,
@@ -169,11 +196,11 @@ def _indexer(config: DeepseekV32Config) -> LightningIndexer | None:
     )
 
 
-def _moe(config: DeepseekV32Config, name: str, ops: Ops, override: Override | None) -> MoELayer:
+def _moe(config: DeepseekV32Config, name: str, context: LayerContext) -> MoELayer:
     shared_size = config.moe_intermediate_size * config.n_shared_experts
     return MoELayer(
-        name=name,
-        ops=ops,
+        context,
+        name,
         router=GroupedSigmoidRouter(
             hidden_size=config.hidden_size,
             num_experts=config.n_routed_experts,
@@ -184,8 +211,15 @@ def _moe(config: DeepseekV32Config, name: str, ops: Ops, override: Override | No
             routed_scaling_factor=config.routed_scaling_factor,
         ),
         experts=RoutedExperts(
-            config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+            context,
+            f"{name}.experts",
+            config.n_routed_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
         ),
-        shared_experts=SwiGLU(config.hidden_size, shared_size) if shared_size else None,
-        override=override,
+        shared_experts=(
+            SwiGLU(context, f"{name}.shared_experts", config.hidden_size, shared_size)
+            if shared_size
+            else None
+        ),
     )

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mortise.layers.linear import linear
 from mortise.layers.norm import RMSNorm
 from mortise.models.deepseek_v32.model import DecoderLayer
 
 if TYPE_CHECKING:
-    from mortise.backends.ops import Ops
+    from mortise.layers.context import LayerContext
     from mortise.layers.mla import Attend
     from mortise.layers.rotary import Rotation
     from mortise.models.deepseek_v32.config import DeepseekV32Config
-    from mortise.spec.dispatch import Override
 
 
 class DeepseekV32MTP(nn.Module):
@@ -29,15 +29,14 @@ class DeepseekV32MTP(nn.Module):
         index: layer number in the checkpoint, ``num_hidden_layers`` and up.
     """
 
-    def __init__(
-        self, config: DeepseekV32Config, index: int, ops: Ops, override: Override | None = None
-    ) -> None:
+    def __init__(self, config: DeepseekV32Config, index: int, context: LayerContext) -> None:
         super().__init__()
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden_size, eps)
         self.hnorm = RMSNorm(hidden_size, eps)
-        self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
-        self.layer = DecoderLayer(config, index, ops, override)
+        name = f"model.layers.{index}.eh_proj"
+        self.eh_proj = linear(context, [name], 2 * hidden_size, hidden_size)
+        self.layer = DecoderLayer(config, index, context)
         self.norm = RMSNorm(hidden_size, eps)
 
     def forward(

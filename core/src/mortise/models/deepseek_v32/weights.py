@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from mortise.checkpoint.placement import Placement, Skip
-from mortise.layers.mlp import SwiGLU
+from mortise.layers.linear import Projection, projection_placements
 from mortise.layers.moe import MoELayer
+from mortise.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
-    from torch import nn
-
+    from mortise.checkpoint.quantization.module_scheme import SchemeLookup
+    from mortise.layers.mla import MLAttention
     from mortise.models.deepseek_v32.config import DeepseekV32Config
     from mortise.models.deepseek_v32.model import DecoderLayer, DeepseekV32ForCausalLM
     from mortise.models.deepseek_v32.mtp import DeepseekV32MTP
+    from mortise.parallel.group import ExpertParallelGroup
 
 
 def placements(model: DeepseekV32ForCausalLM) -> Iterator[Placement]:
@@ -34,13 +37,13 @@ def mtp_placements(mtp: DeepseekV32MTP, index: int) -> Iterator[Placement]:
     prefix = f"model.layers.{index}"
     yield Placement(f"{prefix}.enorm.weight", mtp.enorm.weight)
     yield Placement(f"{prefix}.hnorm.weight", mtp.hnorm.weight)
-    yield Placement(f"{prefix}.eh_proj.weight", mtp.eh_proj.weight)
+    yield from projection_placements(mtp.layer.schemes, [f"{prefix}.eh_proj"], mtp.eh_proj)
     yield Placement(f"{prefix}.shared_head.norm.weight", mtp.norm.weight)
     yield from layer_placements(prefix, mtp.layer)
 
 
-def skips(config: DeepseekV32Config) -> tuple[Skip, ...]:
-    """Tensors that a checkpoint may hold and the main model does not need."""
+def skips(config: DeepseekV32Config, group: ExpertParallelGroup) -> tuple[Skip, ...]:
+    """Tensors that a checkpoint may hold and the main model on this rank does not need."""
     first, count = config.num_hidden_layers, config.num_nextn_predict_layers
     declared = [
         Skip(
@@ -55,6 +58,11 @@ def skips(config: DeepseekV32Config) -> tuple[Skip, ...]:
             "computed from the configuration",
         )
     )
+    if group.world_size > 1:
+        own = "|".join(map(str, group.share(config.n_routed_experts)))
+        declared.append(
+            Skip(rf"model\.layers\.\d+\.mlp\.experts\.(?!(?:{own})\.).*", "experts of other ranks")
+        )
     if config.tie_word_embeddings:
         declared.append(Skip(r"lm_head\.weight", "tied to the embedding"))
     return tuple(declared)
@@ -64,34 +72,29 @@ def layer_placements(prefix: str, layer: DecoderLayer) -> Iterator[Placement]:
     """One decoder layer."""
     for name in ("input_layernorm", "post_attention_layernorm"):
         yield Placement(f"{prefix}.{name}.weight", getattr(layer, name).weight)
-    # Module and tensor names of attention are the checkpoint's own.
-    for name, parameter in layer.self_attn.named_parameters():
-        yield Placement(f"{prefix}.self_attn.{name}", parameter)
+    yield from _attention_placements(f"{prefix}.self_attn", layer.self_attn, layer.schemes)
     if isinstance(layer.mlp, MoELayer):
         yield from _moe_placements(f"{prefix}.mlp", layer.mlp)
     else:
-        yield from _swiglu_placements(f"{prefix}.mlp", layer.mlp)
+        yield from layer.mlp.placements()
+
+
+def _attention_placements(
+    prefix: str, attention: MLAttention, schemes: SchemeLookup
+) -> Iterator[Placement]:
+    # Module and tensor names of attention are the checkpoint's own.
+    for name, module in attention.named_modules():
+        own = f"{prefix}.{name}"
+        if isinstance(module, Projection):
+            yield from projection_placements(schemes, [own], module)
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
+            for part, parameter in module.named_parameters():
+                yield Placement(f"{own}.{part}", parameter)
 
 
 def _moe_placements(prefix: str, moe: MoELayer) -> Iterator[Placement]:
     yield Placement(f"{prefix}.gate.weight", moe.gate.weight)
     yield Placement(f"{prefix}.gate.e_score_correction_bias", moe.gate.e_score_correction_bias)
-    experts = moe.experts
-    for expert in range(experts.w13.shape[0]):
-        own = f"{prefix}.experts.{expert}"
-        yield from _gate_up(own, experts.w13[expert])
-        yield Placement(f"{own}.down_proj.weight", experts.w2[expert])
+    yield from moe.experts.placements()
     if moe.shared_experts is not None:
-        yield from _swiglu_placements(f"{prefix}.shared_experts", moe.shared_experts)
-
-
-def _swiglu_placements(prefix: str, block: SwiGLU | nn.Module) -> Iterator[Placement]:
-    assert isinstance(block, SwiGLU)
-    yield from _gate_up(prefix, block.gate_up_proj.weight)
-    yield Placement(f"{prefix}.down_proj.weight", block.down_proj.weight)
-
-
-def _gate_up(prefix: str, fused: torch.Tensor) -> Iterator[Placement]:
-    gate, up = fused.chunk(2, dim=0)
-    yield Placement(f"{prefix}.gate_proj.weight", gate)
-    yield Placement(f"{prefix}.up_proj.weight", up)
+        yield from moe.shared_experts.placements()
