@@ -156,8 +156,9 @@ def quantized_moe_apply(
 ) -> torch.Tensor:
     """Gate and up projection, SwiGLU (gate first), down projection on dispatched rows.
 
-    Routing weights are not applied. Rows past the last group are undefined and are not read;
-    a group may be empty, one expert may hold all rows, R may be 0.
+    Results are multiplied by routing weights only where ``tokens.routing_weight_side`` says that
+    the experts do it. Rows past the last group are undefined and are not read; a group may be
+    empty, one expert may hold all rows, R may be 0.
 
     Returns:
         Rows in the layout of ``tokens.rows``, dtype ``out_dtype``; may not alias the input.

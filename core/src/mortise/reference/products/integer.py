@@ -21,9 +21,9 @@ EXACT_COLUMNS: Final = 1024
 def integer_sums(values_RK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
     """Sums ``[R, N]`` of products of int8 values that are held in float32, exact in any order.
 
-    BLAS multiplies floats many times faster than torch multiplies integers on a processor. No
-    partial sum of 1024 columns exceeds 2**24, below which float32 holds every integer; sums of
-    more columns are added up in float64.
+    Torch multiplies matrices of floats on every device, of integers only on some. No partial sum of
+    1024 columns exceeds 2**24, up to which float32 holds every integer; sums of more columns are
+    added up in float64.
 
     Returns:
         float32 up to 1024 columns, float64 above.
