@@ -13,8 +13,9 @@ from mortise.formats.fp8 import GROUP
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# The sign bits of two e2m1 codes: a negative zero is zero.
+# What is not sign, as a negative zero is zero: of two e2m1 codes, and of an e4m3 code.
 _E2M1_MAGNITUDES: Final = 0x77
+_E4M3_MAGNITUDE: Final = 0x7F
 
 
 def check_scale(
@@ -84,10 +85,20 @@ def _describe(what: str, wrong: torch.Tensor, scale: torch.Tensor) -> str | None
 def _covers_nonzero(values: torch.Tensor, scale_shape: torch.Size) -> torch.Tensor:
     """Whether anything under each scale is not zero, in the shape of the scales."""
     assert values.ndim == len(scale_shape), "values have as many dimensions as their scales"
-    nonzero = values & _E2M1_MAGNITUDES != 0 if values.dtype == torch.uint8 else values != 0
+    nonzero = _nonzero(values)
     for dim in (-2, -1)[-values.ndim :]:
         nonzero = _any_in_blocks(nonzero, dim, scale_shape[dim], values.dtype)
     return nonzero
+
+
+def _nonzero(values: torch.Tensor) -> torch.Tensor:
+    match values.dtype:
+        case torch.uint8:
+            return values & _E2M1_MAGNITUDES != 0
+        case torch.float8_e4m3fn:
+            return values.view(torch.uint8) & _E4M3_MAGNITUDE != 0
+        case _:
+            return values != 0
 
 
 def _any_in_blocks(nonzero: torch.Tensor, dim: int, count: int, dtype: torch.dtype) -> torch.Tensor:
