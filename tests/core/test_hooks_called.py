@@ -10,11 +10,15 @@ import torch
 from tests.fixtures.paged_models import reference_ops
 
 from mortise import LLM, EngineConfig, SamplingParams
+from mortise.checkpoint.quantization.module_scheme import ModuleScheme
 from mortise.engine import loading
 from mortise.layers.gated_delta_net import GatedDeltaNet
+from mortise.layers.linear import QuantizedLinear
+from mortise.layers.stored_tensors import StoredTensors
 from mortise.spec.hooks import HOOKS
 from mortise.spec.qkv import QKVLayout, QKVShape
 from mortise.spec.roles import ForwardMode, Phase
+from mortise.spec.weights import WeightScheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +87,23 @@ def run_gated_delta_net(recorder: Recorder) -> None:
     layer(torch.zeros(3, 16), layer.new_state())
 
 
+def run_quantised_projection(recorder: Recorder) -> None:
+    """Load one twice, as an update of the weights does, and run it three times."""
+    scheme = ModuleScheme(scheme=WeightScheme.W8A8)
+    tensors = StoredTensors(scheme, out_features=4, in_features=8)
+    layer = QuantizedLinear(
+        recorder.wrap(reference_ops()), "layers.0.down_proj", tensors, bias=False
+    )
+    for value in (1, 2):
+        stored = tensors.record()
+        assert stored.scale is not None
+        stored.weight.fill_(value)
+        stored.scale.fill_(0.5)
+        layer.finish_loading(torch.float32)
+    for _ in range(3):
+        assert torch.equal(layer(torch.ones(2, 8)), torch.full((2, 4), 8.0))
+
+
 @pytest.fixture
 def recorder(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
@@ -92,6 +113,7 @@ def recorder(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def test_every_hook_is_called(recorder: Recorder) -> None:
+    run_quantised_projection(recorder)
     assert set(recorder.names) == set(HOOKS)
     assert {ForwardMode.PREFILL, ForwardMode.DECODE} <= set(recorder.modes)
 
@@ -114,3 +136,9 @@ def test_every_pass_is_planned_once(recorder: Recorder) -> None:
     plans = recorder.names.count("paged_mqa_metadata")
     assert plans == len(recorder.modes) == 3  # the prompt, and two tokens after the first
     assert recorder.names.count("paged_mqa_logits") == plans * 3  # layers
+
+
+def test_a_projection_is_prepared_with_its_weights_and_multiplied_in_every_pass() -> None:
+    recorder = Recorder()
+    run_quantised_projection(recorder)
+    assert recorder.names == ["prepare_linear_weight"] * 2 + ["quantized_linear"] * 3
