@@ -29,11 +29,14 @@ def project_table(path: Path) -> dict:
     return tomllib.loads(path.read_text(encoding="utf-8"))["project"]
 
 
-def declared(path: Path) -> set[str]:
-    """Import names of the dependencies of one distribution."""
-    names = {
-        canonicalize_name(Requirement(text).name) for text in project_table(path)["dependencies"]
-    }
+def extras(path: Path) -> list[str]:
+    """What the optional parts of one distribution require."""
+    parts = project_table(path).get("optional-dependencies", {})
+    return [text for requirements in parts.values() for text in requirements]
+
+
+def import_names(requirements: list[str]) -> set[str]:
+    names = {canonicalize_name(Requirement(text).name) for text in requirements}
     return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
 
 
@@ -41,12 +44,19 @@ def is_for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def imported(root: Path) -> set[str]:
-    """Top-level packages that run-time imports below a root name, the standard library excepted."""
+def imported(root: Path, *, at_once: bool = False) -> set[str]:
+    """Top-level packages that run-time imports below a root name, the standard library excepted.
+
+    Args:
+        root: of the sources.
+        at_once: only those that are imported with the module, not later by a function.
+    """
     names: set[str] = set()
     pending: list[ast.AST] = [syntax_tree(path) for path in python_files(root)]
     while pending:
         node = pending.pop()
+        if at_once and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
         match node:
             case ast.Import(names=aliases):
                 names.update(alias.name.split(".")[0] for alias in aliases)
@@ -69,15 +79,29 @@ def constraints() -> dict[str, str]:
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
 def test_declared_dependencies_are_the_imported_ones(path: Path) -> None:
     own = {package.name for package in (path.parent / "src").iterdir()}
-    optional = {"pytest"}  # the conformance kit runs inside the author's own pytest
-    needed = imported(path.parent / "src") - own - optional
-    assert declared(path) - set(INDIRECT) == needed - set(INDIRECT)
+    theirs = {"pytest"}  # the conformance kit runs inside the author's own pytest
+    needed = imported(path.parent / "src") - own - theirs
+    required = import_names(project_table(path)["dependencies"])
+    optional = import_names(extras(path))
+    assert not required & optional
+    assert (required | optional) - set(INDIRECT) == needed - set(INDIRECT)
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
+def test_optional_dependencies_are_imported_only_by_what_needs_them(path: Path) -> None:
+    assert not import_names(extras(path)) & imported(path.parent / "src", at_once=True)
+
+
+def test_imports_of_functions_are_told_from_those_of_modules() -> None:
+    core = REPOSITORY / "core" / "src"
+    assert "matplotlib" in imported(core) - imported(core, at_once=True)
+    assert "torch" in imported(core, at_once=True)
 
 
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
 def test_every_dependency_is_pinned_to_a_version_in_its_range(path: Path) -> None:
     pinned = constraints()
-    for text in project_table(path)["dependencies"]:
+    for text in [*project_table(path)["dependencies"], *extras(path)]:
         requirement = Requirement(text)
         if requirement.name == "mortise-core":
             continue

@@ -8,7 +8,7 @@ import torch
 
 from mortise.evaluation.score import Score
 from mortise.evaluation.texts import total_bytes
-from mortise.evaluation.windows import windows
+from mortise.evaluation.windows import num_predictions, predictions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,15 +38,12 @@ def score_documents(
         stride: tokens from one window to the next.
         progress: told how many tokens are predicted, and how many there are.
     """
-    num_tokens = sum(max(len(ids) - 1, 0) for ids in token_ids)
+    num_tokens = num_predictions(token_ids)
     nats, done = 0.0, 0
-    for ids in token_ids:
-        for window in windows(len(ids), length, stride):
-            read = ids[window.start : window.end]
-            wanted = ids[window.end - window.num_new + 1 : window.end + 1]
-            nats -= _log_likelihood(logits(read)[-window.num_new :], wanted)
-            done += window.num_new
-            progress(done, num_tokens)
+    for read, wanted in predictions(token_ids, length, stride):
+        nats -= _log_likelihood(logits(read)[-len(wanted) :], wanted)
+        done += len(wanted)
+        progress(done, num_tokens)
     return Score(nats, done, total_bytes(documents))
 
 

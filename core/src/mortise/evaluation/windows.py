@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +40,21 @@ def windows(num_tokens: int, length: int, stride: int) -> Iterator[Window]:
             return
         yield Window(start, end, end - predicted)
         predicted = end
+
+
+def predictions(
+    token_ids: Sequence[Sequence[int]], length: int, stride: int
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Of every window of every text the tokens that are read, and those that count as predicted.
+
+    The last logits of what is read, as many as there are predicted tokens, predict them.
+    """
+    for ids in token_ids:
+        for window in windows(len(ids), length, stride):
+            wanted = slice(window.end - window.num_new + 1, window.end + 1)
+            yield ids[window.start : window.end], ids[wanted]
+
+
+def num_predictions(token_ids: Sequence[Sequence[int]]) -> int:
+    """Every token of every text but the first."""
+    return sum(max(len(ids) - 1, 0) for ids in token_ids)
