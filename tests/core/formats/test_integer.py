@@ -73,7 +73,7 @@ def test_rows_are_those_of_the_definition(bits: Bits, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("bits", BITS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(hidden=tensors(st.integers(1, 9)), dtype=st.sampled_from(FLOATS))
 def test_rows_come_back_within_half_a_step(
     bits: Bits, hidden: torch.Tensor, dtype: torch.dtype
@@ -162,7 +162,7 @@ def test_weights_are_those_of_compressed_tensors(
 
 
 @pytest.mark.parametrize("bits", BITS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weight=tensors(st.sampled_from([8, 16, 24])), group_size=st.sampled_from([None, 1, 4, 8]))
 def test_weights_come_back_within_half_a_step(
     bits: Bits, weight: torch.Tensor, group_size: int | None
@@ -188,7 +188,7 @@ def test_group_size_must_divide_the_columns() -> None:
         dequantise_int(torch.ones(2, 40, dtype=torch.int8), torch.ones(2, 3))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     hidden=tensors(st.integers(1, 9)),
     scale=st.floats(2**-8, 4, width=32),
@@ -225,7 +225,7 @@ def test_words_hold_the_lowest_nibble_first(values: torch.Tensor) -> None:
     assert unpack_int4(packed).equal(values)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(NIBBLES, min_size=1, max_size=4))
 def test_words_are_those_of_compressed_tensors(rows: list[list[int]]) -> None:
     values = torch.tensor(rows, dtype=torch.int8).reshape(len(rows), 16)
@@ -238,7 +238,7 @@ def test_words_are_those_of_compressed_tensors(rows: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1, -2])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=st.lists(NIBBLES, max_size=6).filter(lambda rows: len(rows) % 2 == 0))
 def test_bytes_hold_pairs_along_any_dimension(dim: int, rows: list[list[int]]) -> None:
     values = torch.tensor(rows, dtype=torch.int8).reshape(len(rows), 16)

@@ -170,7 +170,7 @@ def test_weights_come_back(
     assert dequantise_weight(stored, torch.bfloat16).equal(back.bfloat16())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     scheme=st.sampled_from(WeightScheme),
     rows=st.integers(1, 5),
