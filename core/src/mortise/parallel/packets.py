@@ -32,4 +32,8 @@ def unpack(packets: torch.Tensor, layouts: Sequence[TensorLayout]) -> list[torch
 
 def _bytes_of(part: torch.Tensor) -> torch.Tensor:
     flat = part.unsqueeze(1) if part.dim() == 1 else part.flatten(1)
-    return flat.contiguous().view(torch.uint8)
+    flat = flat.contiguous()
+    if flat.stride(-1) != 1:
+        # One column counts as contiguous with any stride, but not where it is seen as bytes.
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
