@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-
-from mortise.formats.weights import dequantise_weight
-from mortise.spec.weights import WeightScheme
 from tests.fixtures.compressed_models import INPUT_GLOBAL_SCALE, save_compressed
 from tests.fixtures.loaded_checkpoints import load_all, open_plan, shapes_of
 from tests.fixtures.tiny_models import save_tiny
+
+from mortise.formats.weights import dequantise_weight
+from mortise.spec.weights import WeightScheme
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.fixtures.fp8_models import save_fp8
+from tests.fixtures.loaded_checkpoints import load_all, open_plan, shapes_of
 
 from mortise.formats.weights import dequantise_weight
 from mortise.spec.weights import ScaleFormat, WeightScheme
-from tests.fixtures.fp8_models import save_fp8
-from tests.fixtures.loaded_checkpoints import load_all, open_plan, shapes_of
 
 if TYPE_CHECKING:
     from pathlib import Path

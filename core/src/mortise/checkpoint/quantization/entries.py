@@ -26,12 +26,14 @@ class Entry:
         where: the list, for messages.
         matches: whether it means a module of this dotted name.
         prefix: where to look first: names that begin so are likely to match.
+        what: what it should name.
     """
 
     text: str
     where: str
     matches: Callable[[str], bool]
     prefix: str = ""
+    what: str = "module"
 
 
 def require_known(entries: Iterable[Entry], modules: Iterable[str]) -> None:
@@ -49,10 +51,10 @@ def require_known(entries: Iterable[Entry], modules: Iterable[str]) -> None:
     if unknown:
         first, *others = unknown
         raise QuantizationConfigError(
-            f"{first.where} names {first.text!r}, and the model has no such module",
+            f"{first.where} names {first.text!r}, and the model has no such {first.what}",
             details=[f"also: {other.text!r} in {other.where}" for other in others[:10]]
             + ([f"and {len(others) - 10} more"] if others[10:] else []),
-            expected="entries that name modules of this model",
+            expected=f"entries that name a {first.what} of this model",
             remedy="correct or remove the entry: what it was meant for is not treated as it says",
         )
 

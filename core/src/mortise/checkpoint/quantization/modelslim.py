@@ -114,9 +114,13 @@ class ModelSlim:
         for name in self.description:
             module, _, leaf = name.rpartition(".")
             if module and leaf != NOT_A_TENSOR:
-                # A name of a tensor: nothing but that tensor will do.
                 known = name in tensors
-                yield Entry(text=name, where=self.file, matches=lambda _, known=known: known)  # type: ignore[misc]
+                yield Entry(
+                    text=name,
+                    where=self.file,
+                    matches=lambda _, known=known: known,  # type: ignore[misc]
+                    what="tensor",
+                )
 
 
 def group_size(
