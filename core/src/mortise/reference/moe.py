@@ -11,17 +11,20 @@ import torch.nn.functional as F
 from mortise.formats.rows import check_format
 from mortise.reference.products.base import Product, QuantisedRows
 from mortise.reference.products.select import product_of
+from mortise.reference.products.unquantised import UnquantisedProduct
 from mortise.spec.consumer import PLAIN, check_dispatched_tokens
 from mortise.spec.dispatch import DispatchDecision, DispatchedTokens, GroupListKind, RowLayout
 from mortise.spec.weights import StoredWeight, WeightScheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from mortise.spec.experts import ExpertWeights
 
 Place: TypeAlias = "slice | tuple[int, slice]"
 """Where the rows of one expert are: the index of rows, scales, weights and results alike."""
+
+ProductOfExpert: TypeAlias = "Callable[[int], Product]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +58,17 @@ def quantized_moe_apply(
     check_format(tokens.format)
     if tokens.receive is not None:
         tokens.receive()
+    w13, w2 = _products(experts)
+    middle_dtype = _middle_dtype(experts, out_dtype)
     shape = (*tokens.rows.shape[:-1], experts.hidden_size)
     output = tokens.rows.new_empty(shape, dtype=out_dtype)
     for expert, place in _groups(tokens):
-        output[place] = _run_expert(tokens, place, experts, expert, out_dtype)
+        # Silu and the product round as torch rounds them in this dtype, as in unquantised models.
+        gate_RI, up_RI = _first_sums(tokens, place, w13(expert)).to(middle_dtype).chunk(2, dim=-1)
+        sums_RH = w2(expert).apply(F.silu(gate_RI) * up_RI)
+        if tokens.row_weights is not None:
+            sums_RH = sums_RH.float() * tokens.row_weights[place].unsqueeze(-1)
+        output[place] = sums_RH  # the one rounding
     return output
 
 
@@ -82,24 +92,6 @@ def _counts(tokens: DispatchedTokens) -> tuple[int, ...]:
     return tuple(end - start for start, end in zip([0, *group_list], group_list, strict=False))
 
 
-def _run_expert(
-    tokens: DispatchedTokens,
-    place: Place,
-    experts: ExpertWeights,
-    expert: int,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    w13, w2 = _products(experts, expert)
-    # Silu and the product round as torch rounds them in this dtype, as in an unquantised model.
-    gate_RI, up_RI = (
-        _first_sums(tokens, place, w13).to(_middle_dtype(experts, out_dtype)).chunk(2, dim=-1)
-    )
-    sums_RH = w2.apply(F.silu(gate_RI) * up_RI)
-    if tokens.row_weights is not None:
-        sums_RH = sums_RH.float() * tokens.row_weights[place].unsqueeze(-1)
-    return sums_RH.to(out_dtype)
-
-
 def _first_sums(tokens: DispatchedTokens, place: Place, w13: Product) -> torch.Tensor:
     rows = tokens.rows[place]
     if tokens.format.dtype in PLAIN:
@@ -118,17 +110,18 @@ def _middle_dtype(experts: ExpertWeights, out_dtype: torch.dtype) -> torch.dtype
     return out_dtype
 
 
-def _products(experts: ExpertWeights, expert: int) -> tuple[Product, Product]:
+def _products(experts: ExpertWeights) -> tuple[ProductOfExpert, ProductOfExpert]:
     prepared = experts.prepared or PreparedExperts(None, None)
     assert isinstance(prepared, PreparedExperts), "prepared by another backend"
-    return (
-        _product(experts.w13, prepared.w13, expert),
-        _product(experts.w2, prepared.w2, expert),
-    )
+    return _product(experts.w13, prepared.w13), _product(experts.w2, prepared.w2)
 
 
-def _product(stored: StoredWeight, prepared: tuple[Product, ...] | None, expert: int) -> Product:
-    return product_of(_of_expert(stored, expert)) if prepared is None else prepared[expert]
+def _product(stored: StoredWeight, prepared: tuple[Product, ...] | None) -> ProductOfExpert:
+    if prepared is not None:
+        return prepared.__getitem__
+    if stored.scheme is WeightScheme.FLOAT:
+        return lambda expert: UnquantisedProduct(stored.weight[expert])
+    return lambda expert: product_of(_of_expert(stored, expert))
 
 
 def _prepare(stored: StoredWeight) -> tuple[Product, ...] | None:
