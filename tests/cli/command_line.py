@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from click.testing import CliRunner
 
+from mortise import env
 from mortise.cli import command_tree
 
 if TYPE_CHECKING:
@@ -27,11 +30,11 @@ class Outcome:
 
 
 def mortise(*arguments: str | Path, stdin: str | bytes = "", **variables: str) -> Outcome:
-    """Run one command line; variables of the environment hold while it runs."""
-    environment = {"MORTISE_CONFIG": None, "SGLANG_DEEPEP_BF16_DISPATCH": None} | variables
-    result = CliRunner(env=environment).invoke(
-        command_tree(), [str(argument) for argument in arguments], input=stdin, prog_name="mortise"
-    )
+    """Run one command line; it reads these variables instead of the process's environment."""
+    texts = [str(argument) for argument in arguments]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(env, "read_environment", partial(env.read_environment, variables))
+        result = CliRunner().invoke(command_tree(), texts, input=stdin, prog_name="mortise")
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 

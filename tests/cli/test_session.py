@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from mortise.cli import session
 
@@ -19,7 +22,9 @@ class Terminal(io.StringIO):
 
 def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, patience: float) -> str:
     """What work that is told of twice writes to standard error."""
-    monkeypatch.setenv("TERM", "xterm")
+    # Whatever terminal the tests themselves run in, or none.
+    console = partial(Console, file=stream, width=80, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(session, "messages", console)
     monkeypatch.setattr(session, "PATIENCE_SECONDS", patience)
     # Here and not in a fixture: pytest puts its own stream in place before the test begins.
     monkeypatch.setattr(sys, "stderr", stream)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -24,9 +26,16 @@ def test_other_variables_are_ignored() -> None:
     assert read_environment({"MORTISE_CONFIGURATION": "x", "HOME": "y"}) == Environment()
 
 
-def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MORTISE_CONFIG", "engine.toml")
-    assert read_environment().config_path == "engine.toml"
+def test_the_process_environment_is_the_default() -> None:
+    code = "from mortise.env import read_environment; print(read_environment().config_path)"
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MORTISE_CONFIG": "engine.toml"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert child.stdout == "engine.toml\n"
 
 
 def test_an_empty_variable_counts_as_not_set() -> None:
