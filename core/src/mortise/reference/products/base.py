@@ -30,6 +30,8 @@ class QuantisedRows:
 class Product(ABC):
     """One projection ``[N, K]``, ready to be multiplied by rows."""
 
+    __slots__ = ()
+
     @abstractmethod
     def apply(self, rows_RK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """Quantise rows of the compute dtype as the scheme says, multiply, add the bias.
