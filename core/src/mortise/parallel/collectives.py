@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mortise.errors import RankLostError
-from mortise.parallel.meeting_point import first_line, ranks_in_words
+from mortise.parallel.meeting_point import first_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -165,25 +165,12 @@ def watching(group: ExpertParallelGroup, doing: str) -> Iterator[None]:
 
 
 def _contact_lost(group: ExpertParallelGroup, doing: str, error: RuntimeError) -> RankLostError:
+    news = [] if group.meeting_point is None else group.meeting_point.news()
     return RankLostError(
         f"rank {group.rank} of {group.world_size} lost contact during {doing}",
-        details=[*_news(group), f"cause: {first_line(error)}"],
+        details=[*news, f"cause: {first_sentence(error)}"],
         expected=f"an answer of every rank within {group.timeout_seconds:g} s"
         " (parallel.timeout_seconds)",
         remedy="look for the first error of the other processes, then start all of them again; if"
         " one was only slow, raise parallel.timeout_seconds",
     )
-
-
-def _news(group: ExpertParallelGroup) -> Iterator[str]:
-    """What can be learnt of the other ranks, one line each."""
-    if group.meeting_point is None:
-        return
-    group.meeting_point.leave_word(None)
-    heard = group.meeting_point.hear()
-    for rank, reason in sorted(heard.ended.items()):
-        yield f"rank {rank} ended with {reason}"
-    if heard.is_gone and not group.meeting_point.launch.agent_store and 0 in heard.silent:
-        yield "rank 0 is gone, where the others could leave word"
-    elif heard.silent and not heard.is_gone:
-        yield f"no sign of life from {ranks_in_words(heard.silent)}"

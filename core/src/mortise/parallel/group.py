@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Self
 import torch.distributed as dist
 
 from mortise.errors import ConfigError, ParallelError, RankLostError
-from mortise.parallel.meeting_point import first_line, meet
+from mortise.parallel.meeting_point import first_sentence, meet, unreachable
+from mortise.parallel.time_limit import in_time
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -58,6 +59,9 @@ class ExpertParallelGroup:
     def close(self, error: BaseException | None = None) -> None:
         """Leave the group that ``join`` made; closing it again does nothing.
 
+        Connections close when nothing refers to the group any more, at the latest when the
+        process ends; until then other ranks wait for this one until their time is over.
+
         Args:
             error: why this rank leaves while others may still count on it: they are told.
         """
@@ -65,10 +69,8 @@ class ExpertParallelGroup:
             return
         # A rank that lost contact has said so already.
         if error is not None and not isinstance(error, RankLostError):
-            self.meeting_point.leave_word(f"{type(error).__name__}: {first_line(error)}")
+            self.meeting_point.leave_word(f"{type(error).__name__}: {first_sentence(error)}")
         dist.destroy_process_group(self.process_group)
-        if error is not None and self.meeting_point.is_host:
-            self.meeting_point.hear()
 
     def _is_open(self) -> bool:
         return dist.is_initialized() and dist.group.WORLD is self.process_group
@@ -111,6 +113,14 @@ def join(
             "this process has a default group of torch.distributed already",
             remedy="close it first, or make an ExpertParallelGroup of it",
         )
+    try:
+        # Everything in it has a limit, unless the keeper of the meeting point stops answering.
+        return in_time(lambda: _connect(launch, backend, timeout_seconds), 3 * timeout_seconds)
+    except TimeoutError:
+        raise unreachable(launch, timeout_seconds) from None
+
+
+def _connect(launch: Launch, backend: str, timeout_seconds: float) -> ExpertParallelGroup:
     meeting_point = meet(launch, timeout_seconds)
     meeting_point.wait_for_all(timeout_seconds)
     try:
@@ -124,7 +134,7 @@ def join(
     except RuntimeError as error:
         raise RankLostError(
             f"rank {launch.rank} of {launch.world_size} could not be connected to the others",
-            details=[f"cause: {first_line(error)}"],
+            details=[*meeting_point.news(), f"cause: {first_sentence(error)}"],
             expected=f"every rank within {timeout_seconds:g} s (parallel.timeout_seconds)",
             remedy="look for the error of the other processes, then start all of them again",
         ) from error

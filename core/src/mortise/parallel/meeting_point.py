@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import torch.distributed as dist
 
 from mortise.errors import ParallelError, RankLostError
+from mortise.parallel.time_limit import in_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,8 +26,11 @@ LISTENING_SECONDS: Final = 1.0
 HOST_LISTENING_SECONDS: Final = 2.0
 """The same for the rank at which the others meet: once it has left, they can hear nobody."""
 
+NEWS_SECONDS: Final = 4.0
+"""Most that a rank that lost contact spends on finding out why."""
+
 _PAUSE_SECONDS: Final = 0.02
-_ALIVE: Final = "alive"
+_DYING_SECONDS: Final = 0.1
 _GAVE_UP: Final = "gave up"
 
 
@@ -35,11 +40,13 @@ class LastWords:
 
     Args:
         ended: ranks that ended by an error of their own, and what it said.
+        cut_off: ranks that lost contact as well.
         silent: ranks that said nothing: they died, or are still busy.
         is_gone: the meeting point is gone, so silence proves nothing.
     """
 
     ended: dict[int, str]
+    cut_off: tuple[int, ...]
     silent: tuple[int, ...]
     is_gone: bool = False
 
@@ -109,31 +116,49 @@ class MeetingPoint:
         """Wait for the last words of all other ranks, 1 second, or 2 where this rank is host."""
         pending = [rank for rank in range(self.launch.world_size) if rank != self.launch.rank]
         ended: dict[int, str] = {}
-        if not is_listening(self.launch):
-            return LastWords(ended, tuple(pending), is_gone=True)
+        cut_off: list[int] = []
+        is_gone = not is_listening(self.launch)
         try:
             for _ in _until(HOST_LISTENING_SECONDS if self.is_host else LISTENING_SECONDS):
+                if is_gone or not pending:
+                    break
                 for rank in [rank for rank in pending if self._has(_last_word_of(rank))]:
                     pending.remove(rank)
                     reason = json.loads(self.store.get(_last_word_of(rank)))
-                    if reason is not None:
+                    if reason is None:
+                        cut_off.append(rank)
+                    else:
                         ended[rank] = reason
-                if not pending:
-                    break
         except dist.DistError:
-            return LastWords(ended, tuple(pending), is_gone=True)
-        return LastWords(ended, tuple(pending))
+            is_gone = True
+        return LastWords(ended, tuple(cut_off), tuple(pending), is_gone)
+
+    def news(self) -> list[str]:
+        """Say that this rank lost contact; returns what is known of the others, in lines."""
+        # A process that dies closes its connections one by one; the meeting point may be the last.
+        time.sleep(_DYING_SECONDS)
+        try:
+            return in_time(self._exchange_news, NEWS_SECONDS)
+        except TimeoutError:
+            return [f"{self._keeper} does not answer"]
+
+    def _exchange_news(self) -> list[str]:
+        self.leave_word(None)
+        heard = self.hear()
+        lines = [f"rank {rank} ended with {why}" for rank, why in sorted(heard.ended.items())]
+        if heard.is_gone:
+            return [*lines, f"{self._keeper} is gone, where the others could leave word"]
+        if heard.silent:
+            lines.append(f"no sign of life from {ranks_in_words(heard.silent)}")
+        if heard.cut_off:
+            lines.append(f"{ranks_in_words(sorted(heard.cut_off))} lost contact too")
+        return lines
+
+    @property
+    def _keeper(self) -> str:
+        return keeper_of(self.launch)
 
     def _has(self, *keys: str) -> bool:
-        """Whether all keys are there.
-
-        The answer to a check is waited for without limit, so it is asked first, with a limit,
-        whether anybody answers.
-
-        Raises:
-            DistError: nobody does.
-        """
-        self.store.wait([_ALIVE], timedelta(seconds=LISTENING_SECONDS))
         return bool(self.store.check(list(keys)))
 
 
@@ -163,13 +188,12 @@ def meet(launch: Launch, timeout_seconds: float) -> MeetingPoint:
         own = dist.PrefixStore(  # type: ignore[attr-defined]
             f"meeting {meeting}", store
         )
-        own.set(_ALIVE, "")
     except dist.DistError as error:
         if not is_host:
             raise unreachable(launch, timeout_seconds) from error
         raise ParallelError(
             f"rank 0 cannot listen at {address_of(launch)}",
-            details=[f"cause: {first_line(error)}"],
+            details=[f"cause: {first_sentence(error)}"],
             remedy="choose another port (torchrun --master-port), or end the process that has it",
         ) from error
     return MeetingPoint(launch, own)
@@ -195,13 +219,18 @@ def is_listening(launch: Launch) -> bool:
 
 def unreachable(launch: Launch, timeout_seconds: float) -> RankLostError:
     """The error of a rank that cannot reach the meeting point, or not any more."""
-    keeper = "torchrun" if launch.agent_store else "rank 0"
+    keeper = keeper_of(launch)
     return RankLostError(
         f"rank {launch.rank} of {launch.world_size} cannot reach {keeper} at {address_of(launch)}",
-        expected=f"{keeper} to listen there within {timeout_seconds:g} s"
+        expected=f"{keeper} to answer there within {timeout_seconds:g} s"
         " (parallel.timeout_seconds)",
         remedy=f"look for the error of {keeper}, and check the address that torchrun was given",
     )
+
+
+def keeper_of(launch: Launch) -> str:
+    """Whose process the meeting point lives in."""
+    return "torchrun" if launch.agent_store else "rank 0"
 
 
 def address_of(launch: Launch) -> str:
@@ -214,10 +243,13 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says first; those of torch go on with a trace of their own."""
+def first_sentence(error: BaseException) -> str:
+    """What an error says first; those of torch go on with advice and traces of their own."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # The place in a source of torch where it was raised.
+    return re.sub(r"\[\S+:\d+\] ", "", lines[0]).partition(". ")[0]
 
 
 def _last_word_of(rank: int) -> str:
