@@ -11,9 +11,9 @@ import torch
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
 from mortise.errors import ContractError, QuantizationConfigError
-from mortise.formats.rows import SCALES, dequantise_rows, quantise_rows, row_tensors
+from mortise.formats.rows import dequantise_rows, quantise_rows, row_tensors
 from mortise.reference.dispatch import resolve_dispatch_dtype
-from mortise.spec.consumer import ROW_DTYPES, SCALE_DTYPES
+from mortise.spec.consumer import ROW_DTYPES, SCALE_DTYPES, SCALES
 from mortise.spec.dispatch import (
     DispatchDtype,
     DispatchFormat,

@@ -75,7 +75,8 @@ def test_every_table_over_an_enumeration_of_the_contract_knows_all_its_members()
     found: dict[str, set[str]] = {}
     keyed_by_dtype = 0
     for path in python_files():
-        if path.name == "__main__.py":
+        # A published layout stores some schemes, and is an error for the others.
+        if path.name == "__main__.py" or "quantization" in path.parts:
             continue
         module = importlib.import_module(module_name(path))
         for name, value in vars(module).items():

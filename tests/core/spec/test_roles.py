@@ -63,6 +63,9 @@ def test_every_match_on_a_contract_enumeration_names_all_members_and_ends_in_ass
     for path, node in matches():
         named = [found for case in node.cases for found in members(case.pattern)]
         for enumeration in {name for name, _ in named} & ENUMERATIONS.keys():
+            if enumeration == "WeightScheme" and "quantization" in path.parts:
+                # A published layout stores some schemes, and is an error for the others.
+                continue
             checked += 1
             place = f"{shown(path)}:{node.lineno}"
             expected = set(ENUMERATIONS[enumeration].__members__)

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 
@@ -21,32 +20,13 @@ from mortise.formats.fp8 import (
 from mortise.formats.integer import dequantise_int, quantise_int_rows, require_divisible
 from mortise.formats.layout import TensorLayout
 from mortise.formats.nvfp4 import BLOCK, dequantise_nvfp4, quantise_nvfp4
-from mortise.spec.dispatch import DispatchDtype, ScaleLayout
+from mortise.spec.consumer import format_problem, scales_in_words
+from mortise.spec.dispatch import DispatchDtype
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.weights import ScaleFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from mortise.spec.dispatch import DispatchFormat
-
-SCALES: Final[Mapping[DispatchDtype, frozenset[tuple[ScaleLayout, ScaleFormat | None]]]] = (
-    MappingProxyType(
-        {
-            DispatchDtype.FP32: frozenset({(ScaleLayout.NONE, None)}),
-            DispatchDtype.BF16: frozenset({(ScaleLayout.NONE, None)}),
-            DispatchDtype.FP8_E4M3: frozenset(
-                {
-                    (ScaleLayout.PER_TOKEN_128, ScaleFormat.FLOAT32),
-                    (ScaleLayout.PER_TOKEN_128, ScaleFormat.UE8M0),
-                }
-            ),
-            DispatchDtype.INT8: frozenset({(ScaleLayout.PER_TOKEN, ScaleFormat.FLOAT32)}),
-            DispatchDtype.NVFP4: frozenset({(ScaleLayout.PER_BLOCK_16, ScaleFormat.E4M3)}),
-        }
-    )
-)
-"""The scales that rows of each format may have: their layout and their number format."""
 
 
 def quantise_rows(
@@ -148,25 +128,10 @@ def check_format(format: DispatchFormat) -> None:
     Raises:
         ContractError: with the scales stated and those possible.
     """
-    legal = SCALES[format.dtype]
-    if (format.scale_layout, format.scale_format) not in legal:
-        raise ContractError(
-            f"a dispatch format of {format.dtype.value} rows states scales"
-            f" {_scales_in_words(format.scale_layout, format.scale_format)}",
-            reason=ReasonCode.CONTRACT_BROKEN,
-            expected=" or ".join(sorted(_scales_in_words(*scales) for scales in legal)),
-        )
-    if (format.global_scale is not None) is not (format.dtype is DispatchDtype.NVFP4):
-        raise ContractError(
-            f"a dispatch format of {format.dtype.value} rows states the global scale"
-            f" {format.global_scale}",
-            reason=ReasonCode.CONTRACT_BROKEN,
-            expected="a global scale for nvfp4 rows, and None for all others",
-        )
-
-
-def _scales_in_words(layout: ScaleLayout, scale_format: ScaleFormat | None) -> str:
-    return layout.value if scale_format is None else f"{layout.value} in {scale_format.value}"
+    problem = format_problem(format)
+    if problem:
+        what, expected = problem
+        raise ContractError(what, reason=ReasonCode.CONTRACT_BROKEN, expected=expected)
 
 
 def _unquantised_dtype(format: DispatchFormat) -> torch.dtype:
@@ -188,7 +153,7 @@ def _present(scales: torch.Tensor | None, format: DispatchFormat) -> torch.Tenso
         raise ContractError(
             f"{format.dtype.value} rows came without scales",
             reason=ReasonCode.CONTRACT_BROKEN,
-            expected=_scales_in_words(format.scale_layout, format.scale_format),
+            expected=scales_in_words(format.scale_layout, format.scale_format),
         )
     return scales
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import torch
 import torch.nn.functional as F
 
-from mortise.formats.rows import check_format
 from mortise.reference.products.base import Product, QuantisedRows
 from mortise.reference.products.select import product_of
 from mortise.reference.products.unquantised import UnquantisedProduct
@@ -55,7 +54,6 @@ def quantized_moe_apply(
         ContractError: the rows are not what their format says, or not what the experts take.
     """
     check_dispatched_tokens(tokens, experts)
-    check_format(tokens.format)
     if tokens.receive is not None:
         tokens.receive()
     w13, w2 = _products(experts)

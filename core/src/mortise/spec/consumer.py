@@ -19,7 +19,7 @@ from mortise.spec.weights import ScaleFormat, WeightScheme
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mortise.spec.dispatch import DispatchedTokens
+    from mortise.spec.dispatch import DispatchedTokens, DispatchFormat
     from mortise.spec.experts import ExpertWeights
     from mortise.spec.weights import StoredWeight
 
@@ -44,6 +44,24 @@ SCALE_DTYPES: Final[Mapping[ScaleFormat, str]] = MappingProxyType(
 )
 """The dtype of the tensor in which scales of rows travel."""
 
+SCALES: Final[Mapping[DispatchDtype, frozenset[tuple[ScaleLayout, ScaleFormat | None]]]] = (
+    MappingProxyType(
+        {
+            DispatchDtype.FP32: frozenset({(ScaleLayout.NONE, None)}),
+            DispatchDtype.BF16: frozenset({(ScaleLayout.NONE, None)}),
+            DispatchDtype.FP8_E4M3: frozenset(
+                {
+                    (ScaleLayout.PER_TOKEN_128, ScaleFormat.FLOAT32),
+                    (ScaleLayout.PER_TOKEN_128, ScaleFormat.UE8M0),
+                }
+            ),
+            DispatchDtype.INT8: frozenset({(ScaleLayout.PER_TOKEN, ScaleFormat.FLOAT32)}),
+            DispatchDtype.NVFP4: frozenset({(ScaleLayout.PER_BLOCK_16, ScaleFormat.E4M3)}),
+        }
+    )
+)
+"""The scales that rows of each format may have: their layout and their number format."""
+
 CONSUMED: Final[Mapping[WeightScheme, frozenset[DispatchDtype]]] = MappingProxyType(
     {
         WeightScheme.FLOAT: frozenset(),
@@ -64,15 +82,39 @@ def check_dispatched_tokens(tokens: DispatchedTokens, experts: ExpertWeights) ->
     """Compare rows with their own format and with the experts; looks at no element.
 
     Raises:
-        ContractError: dtype or scales are not what the format says, or the experts of this layer
-            cannot multiply such rows.
+        ContractError: the format contradicts itself, dtype or scales are not what it says, or the
+            experts of this layer cannot multiply such rows.
     """
-    problem = _rows_problem(tokens) or _experts_problem(tokens, experts)
+    problem = (
+        format_problem(tokens.format) or _rows_problem(tokens) or _experts_problem(tokens, experts)
+    )
     if problem:
         what, expected = problem
         raise ContractError(
             f"layer {experts.layer}: {what}", reason=ReasonCode.CONTRACT_BROKEN, expected=expected
         )
+
+
+def format_problem(format: DispatchFormat) -> tuple[str, str] | None:
+    """What is wrong with a format itself, and what would be right; None where nothing is."""
+    name, legal = format.dtype.value, SCALES[format.dtype]
+    if (format.scale_layout, format.scale_format) not in legal:
+        stated = scales_in_words(format.scale_layout, format.scale_format)
+        return (
+            f"a dispatch format of {name} rows states scales {stated}",
+            " or ".join(sorted(scales_in_words(*scales) for scales in legal)),
+        )
+    if (format.global_scale is not None) is not (format.dtype is DispatchDtype.NVFP4):
+        return (
+            f"a dispatch format of {name} rows states the global scale {format.global_scale}",
+            "a global scale for nvfp4 rows, and None for all others",
+        )
+    return None
+
+
+def scales_in_words(layout: ScaleLayout, scale_format: ScaleFormat | None) -> str:
+    """Layout and number format of scales, for a message."""
+    return layout.value if scale_format is None else f"{layout.value} in {scale_format.value}"
 
 
 def _rows_problem(tokens: DispatchedTokens) -> tuple[str, str] | None:
@@ -83,7 +125,7 @@ def _rows_problem(tokens: DispatchedTokens) -> tuple[str, str] | None:
     if stated.scale_layout is ScaleLayout.NONE and scales is not None:
         return f"{name} rows came with scales", "no scales"
     if stated.scale_layout is not ScaleLayout.NONE:
-        assert stated.scale_format is not None, "a format with scales says what they are"
+        assert stated.scale_format is not None, "checked before"
         wanted = SCALE_DTYPES[stated.scale_format]
         if scales is None:
             return f"{name} rows came without scales", f"scales of {wanted}"
