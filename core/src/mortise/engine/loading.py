@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,6 +60,7 @@ class LoadedModel:
         threads: of one operation on the processor; None leaves torch's choice.
         group: the ranks that share its experts.
         modes: exchanges that its passes may use.
+        dispatch: what was decided for each layer of experts, one for each mode.
         default_sampling: how the model wants its tokens chosen when the user says nothing.
         decisions: in the order in which they were taken.
         seconds: wall time from opening the directory.
@@ -73,6 +75,7 @@ class LoadedModel:
     threads: int | None
     group: ExpertParallelGroup
     modes: tuple[DispatchMode, ...]
+    dispatch: Mapping[str, tuple[DispatchDecision, ...]]
     default_sampling: SamplingParams
     decisions: tuple[Decision, ...]
     seconds: float
@@ -189,6 +192,7 @@ def _load_joined(
         threads=threads,
         group=group,
         modes=modes,
+        dispatch=MappingProxyType(dict(dispatch)),
         default_sampling=sampling,
         decisions=(
             _model_decision(directory, facts),
