@@ -17,7 +17,7 @@ IMPORTING = """
 import json, sys
 import mortise.plugin
 before = set(sys.modules)
-import mortise_cuda_blackwell.backend
+import mortise_cuda_blackwell.backend, mortise_cuda_blackwell.dispatch
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
@@ -52,4 +52,5 @@ def test_importing_it_needs_nothing_but_the_core() -> None:
     child = subprocess.run(
         [sys.executable, "-c", IMPORTING], capture_output=True, text=True, check=True
     )
-    assert json.loads(child.stdout) == ["mortise_cuda_blackwell", "mortise_cuda_blackwell.backend"]
+    imported = json.loads(child.stdout)
+    assert imported == ["mortise_cuda_blackwell", "mortise_cuda_blackwell.backend", "mortise_cuda_blackwell.dispatch"]

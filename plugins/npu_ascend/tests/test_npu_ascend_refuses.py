@@ -17,7 +17,7 @@ IMPORTING = """
 import json, sys
 import mortise.plugin
 before = set(sys.modules)
-import mortise_npu_ascend.backend
+import mortise_npu_ascend.backend, mortise_npu_ascend.dispatch
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
@@ -52,4 +52,5 @@ def test_importing_it_needs_nothing_but_the_core() -> None:
     child = subprocess.run(
         [sys.executable, "-c", IMPORTING], capture_output=True, text=True, check=True
     )
-    assert json.loads(child.stdout) == ["mortise_npu_ascend", "mortise_npu_ascend.backend"]
+    imported = json.loads(child.stdout)
+    assert imported == ["mortise_npu_ascend", "mortise_npu_ascend.backend", "mortise_npu_ascend.dispatch"]
