@@ -53,4 +53,8 @@ def test_importing_it_needs_nothing_but_the_core() -> None:
         [sys.executable, "-c", IMPORTING], capture_output=True, text=True, check=True
     )
     imported = json.loads(child.stdout)
-    assert imported == ["mortise_cuda_hopper", "mortise_cuda_hopper.backend", "mortise_cuda_hopper.dispatch"]
+    assert imported == [
+        "mortise_cuda_hopper",
+        "mortise_cuda_hopper.backend",
+        "mortise_cuda_hopper.dispatch",
+    ]
