@@ -22,8 +22,10 @@ from mortise.checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from mortise.checkpoint.placement import Read, StoredForm
 from mortise.errors import (
     MissingTensorError,
+    ScaleError,
     TensorMismatchError,
     UnexpectedTensorError,
     WeightsError,
@@ -210,6 +212,71 @@ def test_a_dtype_that_cannot_be_placed(tmp_path: Path, stored: torch.dtype) -> N
             " download these files too; embeddings, norms and routers are read unquantised only"
         ),
     ]
+
+
+def doubled_with_offset(stored: torch.Tensor, read: Read) -> torch.Tensor:
+    return 2 * stored.float() + read("offset")
+
+
+def converted(name: str, target: torch.Tensor) -> Placement:
+    """A placement of four bytes that also needs an offset of one float."""
+    return Placement(
+        name,
+        target,
+        stored=StoredForm(shapes=((4,), (4, 1)), dtypes=(torch.int8, torch.uint8)),
+        convert=doubled_with_offset,
+        also={"offset": StoredForm(shapes=((1,),), dtypes=(torch.float32,))},
+    )
+
+
+def test_a_target_can_be_made_of_several_stored_tensors(tmp_path: Path) -> None:
+    values = torch.tensor([1, 2, 3, 4], dtype=torch.int8)
+    tensors = checkpoint(tmp_path, {"a": values, "b": values + 1, "offset": torch.tensor([0.5])})
+    first, second = torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16)
+    progress: list[tuple[str, int]] = []
+    report = load_weights(
+        tensors,
+        [converted("a", first), converted("b", second)],
+        progress=lambda name, nbytes: progress.append((name, nbytes)),
+    )
+    assert first.tolist() == [2.5, 4.5, 6.5, 8.5]
+    assert second.tolist() == [4.5, 6.5, 8.5, 10.5]
+    assert set(report.placed) == {"a", "b", "offset"}
+    assert report.bytes == 4 + 4 + 4
+    assert sorted(progress) == [("a", 4), ("b", 4), ("offset", 4)]
+
+
+def test_what_a_conversion_expects_is_checked_before_anything_is_read(tmp_path: Path) -> None:
+    tensors = watched(tmp_path, {"a": torch.ones(4), "b": torch.ones(5, dtype=torch.int8)})
+    targets = [torch.zeros(4), torch.zeros(4)]
+    lines = load_error(
+        TensorMismatchError,
+        tensors,
+        [converted(name, target) for name, target in zip("ab", targets, strict=True)],
+    )
+    assert "    a is float32, expected int8 or uint8" in lines
+    assert "    b is [5] in model.safetensors, expected [4] or [4, 1]" in lines
+    assert "  also: the checkpoint lacks 1 tensor that the model needs" in lines
+    assert "    offset" in lines
+    assert tensors.reads == []
+
+
+def test_tensors_that_conversions_read_along_are_checked_too(tmp_path: Path) -> None:
+    values = torch.ones(4, dtype=torch.int8)
+    tensors = watched(tmp_path, {"a": values, "offset": torch.ones(2, dtype=torch.int8)})
+    lines = load_error(TensorMismatchError, tensors, [converted("a", torch.zeros(4))])
+    assert "    offset is int8, expected float32" in lines
+    assert "    offset is [2] in model.safetensors, expected [1]" in lines
+    assert tensors.reads == []
+
+
+def test_an_error_of_a_conversion_ends_the_load(tmp_path: Path) -> None:
+    def refuse(stored: torch.Tensor, read: Read) -> torch.Tensor:
+        raise ScaleError("scale a holds NaN")
+
+    tensors = checkpoint(tmp_path, {"a": torch.ones(2)})
+    lines = load_error(ScaleError, tensors, [Placement("a", torch.zeros(2), convert=refuse)])
+    assert lines == ["scale a holds NaN"]
 
 
 class WatchedTensors(CheckpointTensors):
