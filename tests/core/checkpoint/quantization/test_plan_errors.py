@@ -217,19 +217,19 @@ def test_a_configuration_that_cannot_be_read(
             compressed(ignore=[GATE]),
             int8_tensors(GATE),
             f"tensor {GATE}.weight is int8",
-            f"ignore in quantization_config of config.json lists {GATE}",
+            "ignore in quantization_config of config.json lists it",
         ),
         (
             compressed(ignore=["re:.*gate"]),
             int4_tensors(GATE),
             f"tensor {GATE}.weight_packed is int32",
-            f"ignore in quantization_config of config.json lists {GATE}",
+            "ignore in quantization_config of config.json lists it",
         ),
         (
             compressed({"targets": [f"{UP}"]}),
             int8_tensors(GATE) | int8_tensors(UP),
             f"tensor {GATE}.weight is int8",
-            f"no target in quantization_config of config.json names {GATE}",
+            "no target in quantization_config of config.json names it",
         ),
         (
             compressed(),
@@ -241,13 +241,13 @@ def test_a_configuration_that_cannot_be_read(
             NVFP4,
             {f"{GATE}.weight": weight()},
             f"tensor {GATE}.weight is float32",
-            f"quantization_config of config.json says NVFP4 and does not exclude {GATE}",
+            "quantization_config of config.json says NVFP4 and does not exclude it",
         ),
         (
             NVFP4 | {"ignore": ["model.layers.0.mlp"]},
             float4_tensors(GATE),
             f"tensor {GATE}.weight is uint8",
-            f"quantization_config of config.json excludes {GATE}",
+            "quantization_config of config.json excludes it",
         ),
         (
             FP8,
@@ -268,7 +268,7 @@ def test_a_configuration_that_cannot_be_read(
                 f"{GATE}.weight_scale_inv": torch.ones(1, 1),
             },
             f"tensor {GATE}.weight is bfloat16",
-            f"{GATE}.weight_scale_inv says that it is float8_e4m3fn",
+            f"{GATE}.weight_scale_inv beside it says float8_e4m3fn",
         ),
     ],
 )
@@ -323,7 +323,7 @@ def test_modules_that_are_computed_together_agree(tmp_path: Path) -> None:
             f"  {GATE}: w8a8, because config_groups.group_0 in quantization_config of config.json"
             " says w8a8, written as int-quantized"
         ),
-        f"  {UP}: float, because ignore in quantization_config of config.json lists {UP}",
+        f"  {UP}: float, because ignore in quantization_config of config.json lists it",
         (
             "  expected: one scheme for the projections that are fused, and for the experts of a"
             " layer"

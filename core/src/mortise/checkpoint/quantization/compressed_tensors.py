@@ -161,13 +161,13 @@ class CompressedTensors:
         """The group of a module, if it has one, and what says so."""
         ignored = any(pattern.match(module) for pattern in self._ignored_patterns)
         if ignored or module in self._ignored:
-            return None, f"ignore in {CONFIG} lists {module}"
+            return None, f"ignore in {CONFIG} lists it"
         found = self._targets.get(module) or next(
             (group for pattern, group in self._patterns if pattern.match(module)),
             self._targets.get(EVERY_MODULE),
         )
         if found is None:
-            return None, f"no target in {CONFIG} names {module}"
+            return None, f"no target in {CONFIG} names it"
         return found, (
             f"config_groups.{found.name} in {CONFIG} says {found.scheme.value},"
             f" written as {found.format}"

@@ -92,9 +92,9 @@ class Fp8Block:
             return ModuleScheme(reason="the checkpoint holds no weight of it")
         dtype = dtype_name(weight)
         if weight.dtype in FLOATS and scale is not None and is_divided(weight):
-            raise contradiction(weight.name, dtype, f"{scale.name} says that it is float8_e4m3fn")
+            raise contradiction(weight.name, dtype, f"{scale.name} beside it says float8_e4m3fn")
         if weight.dtype in FLOATS:
-            return ModuleScheme(reason=f"{weight.name} is {dtype}")
+            return ModuleScheme(reason=f"its weight is {dtype}")
         if weight.dtype != WEIGHT_DTYPE:
             raise contradiction(weight.name, dtype, f"{CONFIG} says fp8: float8_e4m3fn")
         if self._excluded.match(module):

@@ -87,11 +87,11 @@ class Modelopt:
         if weight is None:
             return ModuleScheme(reason="the checkpoint holds no weight of it")
         if self._excluded.match(module):
-            said = f"{self.where} excludes {module}"
+            said = f"{self.where} excludes it"
             if weight.dtype not in FLOATS:
                 raise contradiction(weight.name, dtype_name(weight), said)
             return ModuleScheme(reason=said)
-        said = f"{self.where} says NVFP4 and does not exclude {module}"
+        said = f"{self.where} says NVFP4 and does not exclude it"
         if weight.dtype != torch.uint8:
             raise contradiction(weight.name, dtype_name(weight), said)
         require_whole_blocks(leaves, weight)

@@ -79,9 +79,9 @@ class ModelSlim:
         kind = self.description.get(weight.name, FLOAT)
         if kind not in TYPES:
             raise unknown_value(self.file, f"the type of {weight.name}", kind, TYPES)
-        said = f"{self.file} gives {weight.name} the type {kind}"
+        said = f"{self.file} gives it the type {kind}"
         if weight.name not in self.description:
-            said = f"{self.file} does not name {weight.name}"
+            said = f"{self.file} does not name it"
         if (weight.dtype in FLOATS) != (kind == FLOAT):
             raise contradiction(weight.name, dtype_name(weight), said)
         if kind == FLOAT:
