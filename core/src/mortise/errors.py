@@ -19,7 +19,7 @@
     |   |-- MissingTensorError      the model needs it, the checkpoint lacks it
     |   |-- UnexpectedTensorError   the checkpoint has it, nothing places or skips it
     |   |-- TensorMismatchError     wrong shape or dtype
-    |   |-- QuantizationConfigError what the checkpoint says of its quantisation: unknown, unclear
+    |   |-- QuantizationConfigError how a checkpoint is, or is to be, quantised: unknown, unclear
     |   `-- ScaleError              scales that are not finite, not positive, or of a wrong shape
     |-- RequestError                one generation request
     |   `-- PromptTooLongError      prompt (and new tokens) exceed the model's context
@@ -151,7 +151,7 @@ class TensorMismatchError(WeightsError):
 
 
 class QuantizationConfigError(WeightsError):
-    """What the checkpoint says of its quantisation is unknown, contradictory, or names nothing."""
+    """How a checkpoint is, or is to be, quantised: unknown, contradictory, or naming nothing."""
 
 
 class ScaleError(WeightsError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
-from mortise.checkpoint.directory import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from mortise.checkpoint.directory import CONFIG_FILE, INDEX_FILE
 from mortise.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+STEM = "model"
 
 
 def save_checkpoint(
@@ -43,14 +44,25 @@ def save_checkpoint(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = shard_name(number, len(shards))
-        shard = {name: tensors[name].contiguous() for name in names}
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        write_shard({name: tensors[name] for name in names}, directory / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total_size = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(directory / INDEX_FILE, index)
     write_json(directory / CONFIG_FILE, config)
+
+
+def write_shard(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file, readable by whom the user's files are readable by.
+
+    safetensors itself makes files for their owner alone.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def refuse_existing_weights(directory: Path) -> None:
@@ -85,9 +97,10 @@ def shards_of(tensors: Mapping[str, torch.Tensor], max_shard_bytes: int) -> Iter
         yield names
 
 
-def shard_name(number: int, count: int) -> str:
+def shard_name(number: int, count: int, stem: str = STEM) -> str:
     """``model.safetensors``, or ``model-00001-of-00003.safetensors`` where there are several."""
-    return SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    several = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
+    return f"{stem}{several}.safetensors"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Writing a model directory in a published quantised layout."""
