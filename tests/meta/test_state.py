@@ -7,6 +7,8 @@ The rule, for every module of core and plugins:
   member, dtype, compiled pattern, frozen record, tuple, frozen set or read-only mapping of such
   values, or an object that can hold nothing (``__slots__ = ()``); or it is code: a function, class,
   module, type alias, command of the command line, hook marker, logger;
+- or it is a context variable without a default, whose value belongs to one thread or task and is
+  not shared by the process;
 - no memoising decorator at module level, because its memory is state as well;
 - a class holds no list, dict or set of its own, apart from what Python and pydantic keep there.
 
@@ -16,6 +18,7 @@ The rule, for every module of core and plugins:
 from __future__ import annotations
 
 import ast
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -83,6 +86,17 @@ def holds_nothing(value: object) -> bool:
     return bool(kinds) and all(vars(kind).get("__slots__") == () for kind in kinds)
 
 
+def belongs_to_a_thread(value: object) -> bool:
+    """Whether a value is a context variable that nothing is in before somebody puts it there."""
+    if not isinstance(value, contextvars.ContextVar):
+        return False
+    try:
+        contextvars.Context().run(value.get)
+    except LookupError:
+        return True
+    return False
+
+
 def fields_of(value: object) -> list[object] | None:
     """The parts of a frozen record, or None if the value is not one."""
     if dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[attr-defined]
@@ -104,7 +118,7 @@ def is_immutable(value: object) -> bool:
             return all(map(is_immutable, (value.func, *value.args, *value.keywords.values())))
     if isinstance(value, (*PLAIN, *CODE)) or is_type_form(value):
         return True
-    if holds_nothing(value):
+    if holds_nothing(value) or belongs_to_a_thread(value):
         return True
     fields = fields_of(value)
     return fields is not None and all(map(is_immutable, fields))
@@ -156,6 +170,7 @@ class FrozenRecord:
         FrozenRecord([]),
         types.MappingProxyType({"a": []}),
         functools.cache(len),
+        contextvars.ContextVar("shared", default=None),
         object(),
     ],
 )
@@ -164,7 +179,16 @@ def test_the_rule_rejects(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [1, ("a", frozenset({1})), FrozenRecord((1,)), Stateless(), torch.float32, len]
+    "value",
+    [
+        1,
+        ("a", frozenset({1})),
+        FrozenRecord((1,)),
+        Stateless(),
+        torch.float32,
+        len,
+        contextvars.ContextVar("one thread's"),
+    ],
 )
 def test_the_rule_accepts(value: object) -> None:
     assert is_immutable(value)
