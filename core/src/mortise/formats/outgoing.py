@@ -60,11 +60,11 @@ def check_expert_rows(rows: torch.Tensor, num_rows: int, hidden_size: int, layer
     Raises:
         ContractError: fewer rows than were dispatched, another width, or quantised.
     """
-    found = f"{rows.dtype} {list(rows.shape)}"
     fits = rows.dim() >= 2 and rows.shape[:-1].numel() >= num_rows and rows.shape[-1] == hidden_size
     if not fits or rows.dtype not in {torch.float32, torch.bfloat16}:
         raise ContractError(
-            f"layer {layer}: the experts made {found} of {num_rows} dispatched rows",
+            f"layer {layer}: the experts made {rows.dtype} {list(rows.shape)} of {num_rows}"
+            " dispatched rows",
             reason=ReasonCode.CONTRACT_BROKEN,
             expected=f"one float32 or bfloat16 row of {hidden_size} columns for each of them",
         )

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from mortise.errors import ContractError
+from mortise.formats.arrangement import (
+    arrange_choices,
+    fill_rows,
+    fixed_num_rows,
+    in_layout,
+    rows_in_slots,
+    sum_choices,
+    undefined_rows,
+)
 from mortise.formats.layout import TensorLayout
 from mortise.formats.outgoing import (
     check_capacity,
     check_expert_rows,
     outgoing_rows,
     routing_weights_of_experts,
-)
-from mortise.formats.placement import (
-    fill_rows,
-    fixed_num_rows,
-    in_layout,
-    place_choices,
-    rows_of_choices,
-    sum_choices,
-    undefined_rows,
 )
 from mortise.formats.rows import row_tensors
 from mortise.parallel.collectives import Exchange, start_exchange
@@ -169,7 +169,7 @@ class LowLatencyDispatcher:
         returned = rows_RH.flatten(0, -2).index_select(0, slots)
         home = start_exchange(self.group, f"the combine of layer {layer}", returned).wait()
         home_slots = self._home_slots(handle.rank_of_choice)
-        return sum_choices(rows_of_choices(home, home_slots, home.shape[0]), handle.routing_weights)
+        return sum_choices(rows_in_slots(home, home_slots, home.shape[0]), handle.routing_weights)
 
     def _check(self, hidden_TH: torch.Tensor, format: DispatchFormat) -> None:
         assert hidden_TH.shape[1] == self.request.hidden_size
@@ -228,16 +228,16 @@ class LowLatencyDispatcher:
         if handle.slot_of_choice is not None:
             return
         *parts, ids = unpack(arrival.exchange.wait(), arrival.layouts)
-        placement = place_choices(
+        arrangement = arrange_choices(
             ids.long(),
             self.num_local_experts,
             arrival.format,
             capacity=self.group.world_size * self.capacity,
         )
         for buffer, part in zip(arrival.buffers, parts, strict=True):
-            fill_rows(buffer, part, placement)
-        arrival.counts.copy_(placement.counts)
-        handle.slot_of_choice = placement.slot_of_choice
+            fill_rows(buffer, part, arrangement)
+        arrival.counts.copy_(arrangement.counts)
+        handle.slot_of_choice = arrangement.slot_of_choice()
 
     def _home_slots(self, rank_of_choice: torch.Tensor) -> torch.Tensor:
         """Where each choice's row lies in what came home, ``[G, capacity, K]`` laid flat."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from mortise.errors import ContractError
+from mortise.formats.arrangement import arrange_choices, arrange_rows, movable, sum_choices
 from mortise.formats.layout import TensorLayout
 from mortise.formats.outgoing import (
     check_expert_rows,
     outgoing_rows,
     routing_weights_of_experts,
 )
-from mortise.formats.placement import arrange_rows, movable, place_choices, sum_choices
 from mortise.formats.rows import row_tensors
 from mortise.parallel.collectives import exchange_counts, start_exchange
 from mortise.parallel.packets import pack, unpack
@@ -109,22 +109,22 @@ class NormalDispatcher:
         ids_layout = TensorLayout((routing.topk_ids.shape[1],), torch.int32)
         layouts = [row_layout, *([] if scale_layout is None else [scale_layout]), ids_layout]
         *arrived, ids_here = unpack(received, layouts)
-        placement = place_choices(ids_here.long(), each, format)
-        arranged = [arrange_rows(part, placement, poison=self.poison) for part in arrived]
+        arrangement = arrange_choices(ids_here.long(), each, format)
+        arranged = [arrange_rows(part, arrangement, poison=self.poison) for part in arrived]
         tokens = DispatchedTokens(
             rows=arranged[0],
             scales=arranged[1] if scales is not None else None,
-            group_list=placement.counts,
+            group_list=arrangement.counts,
             group_list_kind=GroupListKind.COUNTS,
-            group_counts=placement.group_counts,
+            group_counts=arrangement.group_counts,
             format=format,
         )
         is_here = ids_here >= 0
         home_choices, home_counts = _grouped(rank_of_choice.flatten(), world_size)
         handle = NormalHandle(
-            returned_slots=placement.slot_of_choice[is_here],
+            returned_slots=arrangement.slot_of_choice()[is_here],
             return_counts=[int(part.sum()) for part in is_here.split(receive_counts)],
-            num_rows=placement.num_rows,
+            num_rows=arrangement.num_rows,
             home_choices=home_choices,
             home_counts=home_counts,
             routing_weights=routing_weights_of_experts(routing),
@@ -185,6 +185,6 @@ def _wanted(rank_of_choice: torch.Tensor, world_size: int) -> torch.Tensor:
 def _grouped(rank_of_choice: torch.Tensor, world_size: int) -> tuple[torch.Tensor, list[int]]:
     """Choices that have an expert, sorted by its rank, and how many each rank has."""
     counts = rank_of_choice.bincount(minlength=world_size + 1)
-    assert counts.shape[0] == world_size + 1, "the router chose an expert that is not there"
+    assert counts.shape[0] == world_size + 1, "an expert was chosen that is not there"
     of_ranks = cast("list[int]", counts[:world_size].tolist())
     return rank_of_choice.argsort(stable=True)[: sum(of_ranks)], of_ranks

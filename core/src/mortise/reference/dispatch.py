@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from mortise.formats.arrangement import (
+    arrange_choices,
+    arrange_rows,
+    in_layout,
+    rows_of_choices,
+    sum_choices,
+)
 from mortise.formats.outgoing import (
     check_capacity,
     check_expert_rows,
     outgoing_rows,
     routing_weights_of_experts,
-)
-from mortise.formats.placement import (
-    arrange_rows,
-    in_layout,
-    place_choices,
-    rows_of_choices,
-    sum_choices,
 )
 from mortise.spec.authority import DispatchPolicy, Exact, decide_by_authority
 from mortise.spec.dispatch import (
@@ -38,6 +38,8 @@ from mortise.spec.hooks import NOT_SUPPORTED, NotSupported
 
 if TYPE_CHECKING:
     import torch
+
+    from mortise.formats.arrangement import Arrangement
 
 POLICY: Final = DispatchPolicy(
     device="the reference",
@@ -68,10 +70,9 @@ def create_token_dispatcher(request: TokenDispatcherRequest) -> TokenDispatcher 
 
 @dataclass(frozen=True, slots=True)
 class LocalHandle:
-    """Which row each choice ``[T, K]`` has, ``num_rows`` being none, and its routing weight."""
+    """Which row each choice ``[T, K]`` has, and its routing weight."""
 
-    slot_of_choice: torch.Tensor
-    num_rows: int
+    arrangement: Arrangement
     routing_weights: torch.Tensor
     hidden_size: int
 
@@ -119,7 +120,7 @@ class LocalDispatcher:
             CapacityError: more tokens than a low-latency dispatch was made for.
         """
         rows, scales = outgoing_rows(hidden_TH, format, self.layer)
-        placement = place_choices(
+        arrangement = arrange_choices(
             routing.topk_ids,
             self.num_experts,
             format,
@@ -127,7 +128,7 @@ class LocalDispatcher:
         )
         arranged = [
             in_layout(
-                arrange_rows(one, placement, poison=self.poison),
+                arrange_rows(one, arrangement, poison=self.poison),
                 format.row_layout,
                 self.num_experts,
             )
@@ -137,14 +138,13 @@ class LocalDispatcher:
         tokens = DispatchedTokens(
             rows=arranged[0],
             scales=arranged[1] if scales is not None else None,
-            group_list=placement.counts,
+            group_list=arrangement.counts,
             group_list_kind=GroupListKind.COUNTS,
-            group_counts=placement.group_counts,
+            group_counts=arrangement.group_counts,
             format=format,
         )
         handle = LocalHandle(
-            slot_of_choice=placement.slot_of_choice,
-            num_rows=placement.num_rows,
+            arrangement=arrangement,
             routing_weights=routing_weights_of_experts(routing),
             hidden_size=hidden_TH.shape[1],
         )
@@ -166,7 +166,7 @@ class LocalDispatcher:
             ContractError: fewer rows than were dispatched, or not a float row for each.
         """
         assert isinstance(handle, LocalHandle)
-        check_expert_rows(rows_RH, handle.num_rows, handle.hidden_size, self.layer)
+        check_expert_rows(rows_RH, handle.arrangement.num_rows, handle.hidden_size, self.layer)
         flat_RH = rows_RH.flatten(0, -2)
-        chosen_TKH = rows_of_choices(flat_RH, handle.slot_of_choice, handle.num_rows)
+        chosen_TKH = rows_of_choices(flat_RH, handle.arrangement)
         return sum_choices(chosen_TKH, handle.routing_weights)

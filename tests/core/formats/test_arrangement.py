@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mortise.formats.placement import (
-    Placement,
+from mortise.formats.arrangement import (
+    Arrangement,
+    arrange_choices,
     arrange_rows,
     in_layout,
-    place_choices,
     rows_of_choices,
     sum_choices,
 )
@@ -58,11 +58,13 @@ def choices(draw: st.DrawFn) -> Choices:
     return Choices(num_experts, draw(st.lists(one_token, max_size=8)), num_choices)
 
 
-def groups_of(choices: Choices, placement: Placement, format: DispatchFormat) -> list[list[float]]:
+def groups_of(
+    choices: Choices, arrangement: Arrangement, format: DispatchFormat
+) -> list[list[float]]:
     """The first column of every expert's rows."""
-    rows = arrange_rows(choices.tokens(), placement, poison=True)
+    rows = arrange_rows(choices.tokens(), arrangement, poison=True)
     rows = in_layout(rows, format.row_layout, choices.num_experts)
-    counts = placement.counts.tolist()
+    counts = arrangement.counts.tolist()
     if format.row_layout is RowLayout.MASKED:
         return [rows[expert, :count, 0].tolist() for expert, count in enumerate(counts)]
     found, start = [], 0
@@ -82,11 +84,11 @@ def test_as_many_rows_as_there_are_choices(choices: Choices, alignment: int) -> 
     aligned = replace(NORMAL, row_layout=RowLayout.GROUPED_ALIGNED, alignment=alignment)
     expected = choices.groups(once=False)
     for row_format in (NORMAL, aligned):
-        placement = place_choices(choices.tensor(), choices.num_experts, row_format)
-        assert groups_of(choices, placement, row_format) == expected
-        assert placement.group_counts == tuple(map(len, expected))
+        arrangement = arrange_choices(choices.tensor(), choices.num_experts, row_format)
+        assert groups_of(choices, arrangement, row_format) == expected
+        assert arrangement.group_counts == tuple(map(len, expected))
         padding = sum(-len(group) % row_format.alignment for group in expected)
-        assert placement.num_rows == sum(map(len, expected)) + padding
+        assert arrangement.num_rows == sum(map(len, expected)) + padding
 
 
 @given(choices(), st.integers(0, 3), st.sampled_from(RowLayout))
@@ -96,12 +98,14 @@ def test_fixed_shapes_depend_on_the_capacity_alone(
 ) -> None:
     row_format = replace(LOW_LATENCY, row_layout=layout, alignment=3)
     capacity = len(choices.ids) + spare
-    placement = place_choices(choices.tensor(), choices.num_experts, row_format, capacity=capacity)
-    assert groups_of(choices, placement, row_format) == choices.groups(once=True)
-    assert placement.group_counts is None
+    arrangement = arrange_choices(
+        choices.tensor(), choices.num_experts, row_format, capacity=capacity
+    )
+    assert groups_of(choices, arrangement, row_format) == choices.groups(once=True)
+    assert arrangement.group_counts is None
     none = torch.full((0, choices.num_choices), -1)
-    empty = place_choices(none, choices.num_experts, row_format, capacity=capacity)
-    assert empty.num_rows == placement.num_rows
+    empty = arrange_choices(none, choices.num_experts, row_format, capacity=capacity)
+    assert empty.num_rows == arrangement.num_rows
     assert empty.counts.tolist() == [0] * choices.num_experts
 
 
@@ -114,16 +118,18 @@ def test_every_choice_finds_the_row_of_its_expert(
     row_format = replace(NORMAL, row_layout=layout, mode=mode, alignment=2)
     fixed = mode is DispatchMode.LOW_LATENCY or layout is RowLayout.MASKED
     capacity = len(choices.ids) if fixed else None
-    placement = place_choices(choices.tensor(), choices.num_experts, row_format, capacity=capacity)
-    rows = arrange_rows(choices.tokens(), placement, poison=True)
+    arrangement = arrange_choices(
+        choices.tensor(), choices.num_experts, row_format, capacity=capacity
+    )
+    rows = arrange_rows(choices.tokens(), arrangement, poison=True)
     for token, ids in enumerate(choices.ids):
         for choice, expert in enumerate(ids):
-            slot = int(placement.slot_of_choice[token, choice])
-            assert (slot == placement.num_rows) is (expert < 0)
+            slot = int(arrangement.slot_of_choice()[token, choice])
+            assert (slot == arrangement.num_rows) is (expert < 0)
             if expert >= 0:
                 assert rows[slot, 0] % 100 == token
                 rows[slot] = token + 100 * expert
-    chosen = rows_of_choices(rows, placement.slot_of_choice, placement.num_rows)
+    chosen = rows_of_choices(rows, arrangement)
     expected = [
         [[token + 100.0 * expert if expert >= 0 else 0.0] * 3 for expert in ids]
         for token, ids in enumerate(choices.ids)
@@ -145,8 +151,8 @@ def test_a_sum_does_not_depend_on_the_tokens_beside_it(num_choices: int) -> None
 def test_a_poisoned_row_is_no_number_in_any_float_format() -> None:
     none = torch.full((1, 1), -1)
     row_format = replace(NORMAL, row_layout=RowLayout.MASKED)
-    placement = place_choices(none, 1, row_format, capacity=2)
+    arrangement = arrange_choices(none, 1, row_format, capacity=2)
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
-        rows = arrange_rows(torch.ones(1, 4).to(dtype), placement, poison=True)
+        rows = arrange_rows(torch.ones(1, 4).to(dtype), arrangement, poison=True)
         assert rows.dtype == dtype
         assert rows.float().isnan().all()

@@ -15,33 +15,46 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class Arrangement:
     """Where the rows of ``[S, K]`` choices are: sorted by expert, then token, then choice.
 
     Args:
         choices: int64 ``[R]``, the choices that get a row, as numbers in the flattened ``[S * K]``.
-        slots: int64 ``[R]``, the row of each of them.
-        slot_of_choice: int64 ``[S, K]``, the row of every choice; ``num_rows`` where it has none.
+        slots: int64 ``[R]``, the row of each of them; None where the r-th has the r-th row.
+        first_naming: int64 ``[S, K]``, the choice of the same token whose row a choice shares, its
+            own as a rule; None where every choice has a row of its own.
+        shape: S and K.
         counts: int64 ``[E_l]``, rows of each expert without padding.
         group_counts: the same on the host, where the host may wait for them.
         num_rows: rows in all, with padding and unused ones.
     """
 
     choices: torch.Tensor
-    slots: torch.Tensor
-    slot_of_choice: torch.Tensor
+    slots: torch.Tensor | None
+    first_naming: torch.Tensor | None
+    shape: tuple[int, int]
     counts: torch.Tensor
     group_counts: tuple[int, ...] | None
     num_rows: int
 
+    def slot_of_choice(self) -> torch.Tensor:
+        """The row of every choice, int64 ``[S, K]``; ``num_rows`` where it has none."""
+        slots = self.slots
+        if slots is None:
+            slots = torch.arange(self.num_rows, device=self.choices.device)
+        num_choices = self.shape[0] * self.shape[1]
+        found = self.choices.new_full((num_choices,), self.num_rows)
+        found = found.index_copy_(0, self.choices, slots).view(self.shape)
+        return found if self.first_naming is None else found.gather(1, self.first_naming)
 
-def place_choices(
+
+def arrange_choices(
     expert_ids: torch.Tensor,
     num_experts: int,
     format: DispatchFormat,
     *,
     capacity: int | None = None,
-) -> Placement:
+) -> Arrangement:
     """Give every choice of a local expert its row.
 
     With a ``capacity`` the number of rows depends on it alone, which is what fixed shapes need; an
@@ -55,35 +68,37 @@ def place_choices(
         format: the row layout and its alignment, and the mode.
         capacity: most tokens that may name one expert; None takes as many rows as there are.
     """
-    kept = expert_ids >= 0
-    first = None
+    is_none = expert_ids < 0
+    first_naming = None
     if capacity is not None:
-        first = _first_naming(expert_ids)
-        kept &= first == torch.arange(expert_ids.shape[1], device=expert_ids.device)
+        first_naming = _first_naming(expert_ids)
+        is_none |= first_naming != torch.arange(expert_ids.shape[1], device=expert_ids.device)
     # No expert sorts last, behind every group.
-    group_of_choice = torch.where(kept, expert_ids, num_experts).flatten()
+    group_of_choice = torch.where(is_none, num_experts, expert_ids).flatten()
     choices = group_of_choice.argsort(stable=True)
-    all_counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
-    all_counts.scatter_add_(0, group_of_choice, torch.ones_like(group_of_choice))
-    counts = all_counts[:num_experts]
     group_counts = None
     if format.mode is DispatchMode.NORMAL:
-        group_counts = tuple(cast("list[int]", counts.tolist()))
+        all_counts = group_of_choice.bincount(minlength=num_experts + 1)
+        assert all_counts.shape[0] == num_experts + 1, "an expert was chosen that is not there"
+        group_counts = tuple(cast("list[int]", all_counts.tolist()[:num_experts]))
         choices = choices[: sum(group_counts)]
+    else:
+        # Unlike bincount, this needs to know no number on the host.
+        all_counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
+        all_counts.scatter_add_(0, group_of_choice, torch.ones_like(group_of_choice))
     if capacity is None:
         num_rows = _counted_num_rows(format, group_counts)
     else:
         num_rows = fixed_num_rows(format, expert_ids.shape[1], num_experts, capacity)
-    slots = _slots(group_of_choice[choices], all_counts, format, num_rows, capacity)
-    slot_of_choice = torch.full_like(group_of_choice, num_rows)
-    slot_of_choice = slot_of_choice.index_copy_(0, choices, slots).view(expert_ids.shape)
-    if first is not None:
-        slot_of_choice = slot_of_choice.gather(1, first)
-    return Placement(
+    slots = None
+    if format.row_layout is not RowLayout.GROUPED or capacity is not None:
+        slots = _slots(group_of_choice[choices], all_counts, format, num_rows, capacity)
+    return Arrangement(
         choices=choices,
         slots=slots,
-        slot_of_choice=slot_of_choice,
-        counts=counts,
+        first_naming=first_naming,
+        shape=(expert_ids.shape[0], expert_ids.shape[1]),
+        counts=all_counts[:num_experts],
         group_counts=group_counts,
         num_rows=num_rows,
     )
@@ -159,25 +174,25 @@ def undefined_rows(
     return rows
 
 
-def fill_rows(out: torch.Tensor, rows: torch.Tensor, placement: Placement) -> None:
+def fill_rows(out: torch.Tensor, rows: torch.Tensor, arrangement: Arrangement) -> None:
     """Write the rows ``[S, ...]`` of tokens where their choices' rows are, and nothing else."""
-    num_choices = placement.slot_of_choice.shape[1]
-    arrived = movable(rows).index_select(0, placement.choices // num_choices)
-    movable(out).index_copy_(0, placement.slots, arrived)
+    assert arrangement.slots is not None
+    movable(out).index_copy_(0, arrangement.slots, _in_order(rows, arrangement))
 
 
-def arrange_rows(rows: torch.Tensor, placement: Placement, *, poison: bool) -> torch.Tensor:
+def arrange_rows(rows: torch.Tensor, arrangement: Arrangement, *, poison: bool) -> torch.Tensor:
     """Bring the rows of tokens ``[S, ...]`` into their places, ``[num_rows, ...]``."""
-    if placement.group_counts is not None and placement.num_rows == placement.choices.shape[0]:
-        # Neither padding nor unused rows: the choices' order is the order of the rows.
-        num_choices = placement.slot_of_choice.shape[1]
-        arranged = movable(rows).index_select(0, placement.choices // num_choices)
-        # A view of another dtype has no gradient, and training dispatches too.
-        return arranged if arranged.dtype is rows.dtype else arranged.view(rows.dtype)
+    if arrangement.slots is None:
+        return _in_order(rows, arrangement).view(rows.dtype)
     layout = TensorLayout(tuple(rows.shape[1:]), rows.dtype)
-    out = undefined_rows(layout, placement.num_rows, rows.device, poison=poison)
-    fill_rows(out, rows, placement)
-    return out[: placement.num_rows]
+    out = undefined_rows(layout, arrangement.num_rows, rows.device, poison=poison)
+    fill_rows(out, rows, arrangement)
+    return out[: arrangement.num_rows]
+
+
+def _in_order(rows: torch.Tensor, arrangement: Arrangement) -> torch.Tensor:
+    """The row of each choice that gets one, movable."""
+    return movable(rows).index_select(0, arrangement.choices // arrangement.shape[1])
 
 
 def in_layout(rows: torch.Tensor, row_layout: RowLayout, num_experts: int) -> torch.Tensor:
@@ -187,15 +202,28 @@ def in_layout(rows: torch.Tensor, row_layout: RowLayout, num_experts: int) -> to
     return rows.view(num_experts, rows.shape[0] // num_experts, *rows.shape[1:])
 
 
-def rows_of_choices(
-    rows: torch.Tensor, slot_of_choice: torch.Tensor, num_rows: int
-) -> torch.Tensor:
+def rows_of_choices(rows: torch.Tensor, arrangement: Arrangement) -> torch.Tensor:
     """The experts' row of every choice, ``[S, K, H]``; zero where a choice has none.
 
     Args:
         rows: flat rows ``[R, H]``, R at least ``num_rows``; rows of no choice are not used.
-        slot_of_choice: int64 ``[S, K]``, as in :class:`Placement`.
-        num_rows: what stands for "no row" in it.
+        arrangement: how they lie.
+    """
+    if arrangement.slots is not None:
+        return rows_in_slots(rows, arrangement.slot_of_choice(), arrangement.num_rows)
+    num_tokens, num_choices = arrangement.shape
+    chosen = rows.new_zeros(num_tokens * num_choices, rows.shape[1])
+    chosen.index_copy_(0, arrangement.choices, rows[: arrangement.num_rows])
+    return chosen.view(num_tokens, num_choices, rows.shape[1])
+
+
+def rows_in_slots(rows: torch.Tensor, slot_of_choice: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The row of every choice, ``[S, K, H]``; zero where it has none.
+
+    Args:
+        rows: flat rows ``[R, H]``, R at least ``num_rows``.
+        slot_of_choice: int64 ``[S, K]``; ``num_rows`` is none.
+        num_rows: rows there are.
     """
     num_tokens, num_choices = slot_of_choice.shape
     if not num_rows:
@@ -203,7 +231,7 @@ def rows_of_choices(
     flat = slot_of_choice.flatten()
     chosen = rows.index_select(0, flat.clamp(max=num_rows - 1))
     # An undefined row may hold anything, also what zero times a weight would not remove.
-    chosen = torch.where((flat < num_rows).unsqueeze(1), chosen, 0)
+    chosen.masked_fill_((flat >= num_rows).unsqueeze(1), 0)
     return chosen.view(num_tokens, num_choices, rows.shape[1])
 
 
