@@ -10,6 +10,7 @@ from mortise.cli.eval import evaluate
 from mortise.cli.explain import explain
 from mortise.cli.generate import generate
 from mortise.cli.group import BoundaryGroup
+from mortise.cli.quantize import quantize
 
 
 @click.group(
@@ -37,3 +38,4 @@ mortise.add_command(backends)
 mortise.add_command(explain)
 mortise.add_command(doctor)
 mortise.add_command(evaluate)
+mortise.add_command(quantize)
