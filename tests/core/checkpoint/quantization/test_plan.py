@@ -184,3 +184,25 @@ def test_gate_and_up_fill_their_halves_of_one_tensor(tmp_path: Path) -> None:
 def loaded_alone(path: Path, held: Tensors, module: str) -> torch.Tensor:
     own = {name: tensor for name, tensor in held.items() if name.startswith(module)}
     return loaded(directory(path, own, NVFP4), module)
+
+
+def test_without_a_strategy_the_size_of_groups_says_who_shares_a_scale(tmp_path: Path) -> None:
+    group = int4_group()
+    del group["weights"]["strategy"]
+    plan = open_plan(directory(tmp_path, int4_tensors(GATE), compressed(group)))
+    assert plan.scheme(GATE).group_size == 16
+    group["weights"]["group_size"] = -1
+    stored = quantise_weight(weight(), WeightScheme.W4A16)
+    assert stored.scale is not None
+    held = int4_tensors(GATE) | {f"{GATE}.weight_scale": stored.scale}
+    plan = open_plan(directory(tmp_path, held, compressed(group)))
+    assert plan.scheme(GATE).group_size is None
+
+
+@pytest.mark.parametrize("config", [FP8, NVFP4, compressed()])
+def test_modules_without_a_weight_are_not_quantised(tmp_path: Path, config: dict[str, Any]) -> None:
+    held = {f"{UP}.bias": torch.ones(1)}
+    plan = open_plan(directory(tmp_path, held, config))
+    assert plan.scheme(GATE).reason == "the checkpoint holds no tensor of it"
+    assert plan.scheme(UP).reason == "the checkpoint holds no weight of it"
+    assert plan.scheme(GATE).scheme is plan.scheme(UP).scheme is WeightScheme.FLOAT

@@ -147,7 +147,17 @@ def test_two_descriptions_of_one_checkpoint(
         (
             compressed(int4_group(actorder="group")),
             "weights.actorder is 'group'",
-            "columns in their order",
+            "weights quantised beforehand, columns in their order",
+        ),
+        (
+            compressed({"weights": INT8_ARGUMENTS | {"group_size": None, "dynamic": True}}),
+            "weights.dynamic is True",
+            "symmetric weights and inputs",
+        ),
+        (
+            compressed({"weights": {"num_bits": 8}}),
+            "asks for weights int8 tensor",
+            "one of",
         ),
         (
             compressed({"output_activations": INT8_ARGUMENTS}),
