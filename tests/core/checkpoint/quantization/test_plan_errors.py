@@ -147,7 +147,7 @@ def test_two_descriptions_of_one_checkpoint(
         (
             compressed(int4_group(actorder="group")),
             "weights.actorder is 'group'",
-            "weights quantised beforehand, columns in their order",
+            "weights quantised beforehand, columns in order",
         ),
         (
             compressed({"weights": INT8_ARGUMENTS | {"group_size": None, "dynamic": True}}),

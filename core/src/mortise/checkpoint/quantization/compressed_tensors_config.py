@@ -227,7 +227,7 @@ def require_symmetric(where: str, group: Group) -> None:
     if asked:
         raise QuantizationConfigError(
             f"{where}: " + ", ".join(f"{key} is {value!r}" for key, value in asked.items()),
-            expected="symmetric weights and inputs, weights quantised beforehand, columns in their order,"
+            expected="symmetric weights and inputs, weights quantised beforehand, columns in order,"
             " outputs unquantised",
             remedy=OTHER_VERSION,
         )
