@@ -92,24 +92,17 @@ class NormalDispatcher:
         assert hidden_TH.shape[1] == self.request.hidden_size
         self._check(format)
         rows, scales = outgoing_rows(hidden_TH, format, self.request.layer)
-        world_size, each = self.group.world_size, self.num_local_experts
+        parts = [rows] if scales is None else [rows, scales]
         # No expert belongs to a rank behind all others.
-        is_none = routing.topk_ids < 0
-        rank_of_choice = torch.where(is_none, world_size, routing.topk_ids // each)
-        local_ids = routing.topk_ids % each
-
-        to_rank, token = _wanted(rank_of_choice, world_size).nonzero(as_tuple=True)
-        is_there = rank_of_choice[token] == to_rank.unsqueeze(1)
-        wanted_ids = torch.where(is_there, local_ids[token], -1).to(torch.int32)
-        parts = [movable(part)[token] for part in (rows, scales) if part is not None]
-        send_counts = to_rank.bincount(minlength=world_size)
-        received, receive_counts = self._send(pack([*parts, wanted_ids]), send_counts)
-
-        row_layout, scale_layout = row_tensors(format, self.request.hidden_size)
-        ids_layout = TensorLayout((routing.topk_ids.shape[1],), torch.int32)
-        layouts = [row_layout, *([] if scale_layout is None else [scale_layout]), ids_layout]
-        *arrived, ids_here = unpack(received, layouts)
-        arrangement = arrange_choices(ids_here.long(), each, format)
+        rank_of_choice = torch.where(
+            routing.topk_ids < 0,
+            self.group.world_size,
+            routing.topk_ids // self.num_local_experts,
+        )
+        packets, send_counts = self._packets(parts, routing.topk_ids, rank_of_choice)
+        received, receive_counts = self._send(packets, send_counts)
+        *arrived, ids_here = unpack(received, self._layouts(format))
+        arrangement = arrange_choices(ids_here.long(), self.num_local_experts, format)
         arranged = [arrange_rows(part, arrangement, poison=self.poison) for part in arrived]
         tokens = DispatchedTokens(
             rows=arranged[0],
@@ -120,10 +113,10 @@ class NormalDispatcher:
             format=format,
         )
         is_here = ids_here >= 0
-        home_choices, home_counts = _grouped(rank_of_choice.flatten(), world_size)
+        home_choices, home_counts = _grouped(rank_of_choice.flatten(), self.group.world_size)
         handle = NormalHandle(
             returned_slots=arrangement.slot_of_choice()[is_here],
-            return_counts=[int(part.sum()) for part in is_here.split(receive_counts)],
+            return_counts=_sums(is_here.sum(1), receive_counts),
             num_rows=arrangement.num_rows,
             home_choices=home_choices,
             home_counts=home_counts,
@@ -163,6 +156,23 @@ class NormalDispatcher:
                 expected="a normal format of grouped or grouped_aligned rows",
             )
 
+    def _packets(
+        self, parts: list[torch.Tensor], topk_ids: torch.Tensor, rank_of_choice: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each rank is sent, and how many packets that is: a row and its experts there."""
+        world_size = self.group.world_size
+        to_rank, token = _wanted(rank_of_choice, world_size).nonzero(as_tuple=True)
+        is_there = rank_of_choice[token] == to_rank.unsqueeze(1)
+        ids = torch.where(is_there, topk_ids[token] % self.num_local_experts, -1)
+        rows = [movable(part)[token] for part in parts]
+        return pack([*rows, ids.to(torch.int32)]), to_rank.bincount(minlength=world_size)
+
+    def _layouts(self, format: DispatchFormat) -> list[TensorLayout]:
+        """What a packet holds: the row, its scales if it has any, its experts' numbers."""
+        row, scales = row_tensors(format, self.request.hidden_size)
+        ids = TensorLayout((self.request.num_experts_per_tok,), torch.int32)
+        return [row, ids] if scales is None else [row, scales, ids]
+
     def _send(
         self, packets: torch.Tensor, send_counts: torch.Tensor
     ) -> tuple[torch.Tensor, list[int]]:
@@ -188,3 +198,9 @@ def _grouped(rank_of_choice: torch.Tensor, world_size: int) -> tuple[torch.Tenso
     assert counts.shape[0] == world_size + 1, "an expert was chosen that is not there"
     of_ranks = cast("list[int]", counts[:world_size].tolist())
     return rank_of_choice.argsort(stable=True)[: sum(of_ranks)], of_ranks
+
+
+def _sums(numbers: torch.Tensor, counts: list[int]) -> list[int]:
+    """Sum the first numbers, the next, and so on, as many as ``counts`` says."""
+    sums = torch.stack([part.sum() for part in numbers.split(counts)])
+    return cast("list[int]", sums.tolist())
