@@ -28,7 +28,7 @@ class ChipFacts:
         int8_outputs: (dtype of the weight's scale, dtype of the result) of an int8 grouped product
             with one scale per row.
         routing_quant_modes: values of ``quant_mode`` that ``npu_moe_init_routing_v2`` takes here
-            and the emulator computes; -1 none, 0 static int8, 1 dynamic int8.
+            and the emulator computes; -1 none, 0 static int8, 1 dynamic int8, 13 dynamic int4.
     """
 
     soc: str
@@ -65,6 +65,7 @@ FACTS: Final[Mapping[Generation, ChipFacts]] = MappingProxyType(
             float8=True,
             int4_rows=False,
             int8_outputs=_OLDER_OUTPUTS | {(torch.float32, torch.bfloat16)},
+            routing_quant_modes=frozenset({-1, 0, 1, 13}),
         ),
     }
 )
