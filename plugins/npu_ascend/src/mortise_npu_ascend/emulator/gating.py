@@ -107,7 +107,7 @@ def _only_best_groups(
 ) -> torch.Tensor:
     if group_count == 1:
         return scores_TE
-    grouped_TGE = scores_TE.unflatten(1, (group_count, -1))
+    grouped_TGE: torch.Tensor = scores_TE.unflatten(1, (group_count, -1))
     best = 1 if group_select_mode == 0 else 2
     score_TG = grouped_TGE.topk(best, dim=2).values.sum(2)
     chosen_TG = torch.zeros(score_TG.shape, dtype=torch.bool)
