@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mortise.cli import eval_schemes
 from tests.cli.command_line import mortise
 from tests.docs.pages import DOCS
 
@@ -74,7 +75,13 @@ def test_a_verb(builtin: Path, section: str, arguments: list[str]) -> None:
     assert_documented(section, mortise(*arguments, "--json").document)
 
 
-def test_eval(tiny_model: Path, tmp_path: Path) -> None:
+def test_eval(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "own.txt"
     file.write_text("def f(x):\n    return x\n")
-    assert_documented("eval", mortise("eval", file, "--model", tiny_model, "--json").document)
+    # Each field has a value of its own somewhere: one scheme fits the override, one does not.
+    monkeypatch.setattr(eval_schemes, "SCHEMES", ("fp8-block", "w8a8"))
+    arguments = ["eval", file, "--model", tiny_model, "--window", "8", "--json"]
+    compared = mortise(*arguments, "--schemes", "all", "--dispatch-dtype", "fp8").document
+    assert_documented("eval", compared)
+    alone = mortise(*arguments).document
+    assert set(fields(alone)) <= documented("eval") | {"scores[].comparison"}

@@ -34,7 +34,10 @@ $ mortise generate --max-tokens 8 --json --logprobs 2 "for i in"
         "backends": "$ mortise backends\n$ mortise backends --json\n",
         "explain": "$ mortise explain\n$ mortise explain --dtype float32 --json\n",
         "doctor": "$ mortise doctor\n",
-        "eval": "$ mortise eval --documents 1\n",
+        "eval": """\
+$ mortise eval --documents 1
+$ mortise eval --documents 1 --schemes w8a8,w4a4 --plot schemes.svg
+""",
         "quantize": """\
 $ mortise quantize quantised --scheme w4a16
 $ mortise quantize mixed --scheme w8a8 --dialect modelslim --scheme-for "*.experts.*=w4a4"

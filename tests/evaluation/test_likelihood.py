@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from mortise import LLM
 from mortise.errors import RequestError
 from mortise.evaluation.likelihood import score_documents
+from mortise.evaluation.score import Score
 from mortise.evaluation.texts import Document, read_documents
 from mortise.evaluation.windows import windows
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from mortise.evaluation.score import Score
 
 
 @given(num_tokens=st.integers(0, 60), length=st.integers(1, 20), data=st.data())
@@ -76,6 +75,12 @@ def test_a_model_that_knows_nothing_has_the_size_of_its_vocabulary_as_perplexity
     assert score.nats_per_token == pytest.approx(math.log(50))
     assert score.bits_per_byte == pytest.approx(4 * math.log2(50) / 6)
     assert seen == [(2, 4), (3, 4), (4, 4)]
+
+
+def test_a_model_that_is_sure_of_everything_else_is_infinitely_perplexed() -> None:
+    assert Score(8000.0, 10, 1).perplexity == math.inf
+    assert Score(math.inf, 10, 1).perplexity == math.inf
+    assert Score(0.0, 10, 1).perplexity == 1.0
 
 
 def test_documents_are_a_text_or_the_lines_of_a_file(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_drawing_is_described_in_words_and_follows_the_page(tmp_path: Path) ->
     assert root.get("role") == "img"
     assert root.findtext(f"{SVG}title") == "schemes"
     description = root.findtext(f"{SVG}desc") or ""
-    assert "w4a4: 8.2 bits per weight, perplexity 11.02, KL divergence 0.3 nats" in description
+    assert "w4a4, 8.2 bits/weight: perplexity 11.02, KL divergence 0.3 nats" in description
     assert "prefers-color-scheme: dark" in (root.findtext(f"{SVG}style") or "")
 
 
@@ -98,7 +98,7 @@ def test_a_model_that_breaks_is_written_and_not_drawn(tmp_path: Path, value: flo
     path = tmp_path / "a.svg"
     broken = PlottedModel(
         name="broken",
-        bits_per_weight=4.0,
+        bits_per_weight=None,
         perplexity=value,
         excess_nats=Estimate(value, value),
         divergence_nats=Estimate(value, None),

@@ -9,19 +9,33 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mortise.cli.options import configuration_options, json_option, resolve_options
-from mortise.cli.output import document, print_json, results, table
+from mortise.cli.output import document, print_json
 from mortise.errors import RequestError
 
 if TYPE_CHECKING:
+    from mortise.cli.eval_measure import Reading
+    from mortise.cli.eval_schemes import Asked, LeftOut, MeasuredModel
+    from mortise.config import ResolvedConfig
     from mortise.engine.llm import LLM
-    from mortise.evaluation.score import Score
-    from mortise.evaluation.texts import Document
 
 DEFAULT_WINDOW = 1024
 
 
-@click.command("eval", short_help="Measure perplexity on a text.")
+@click.command("eval", short_help="Measure perplexity on a text, and what quantising costs.")
 @click.argument("file", required=False)
+@click.option(
+    "--schemes",
+    metavar="all|NAME,NAME...",
+    help="Compare the model with quantised copies of itself: bf16, fp8-block, w8a8, w4a8, w4a16,"
+    " w4a4, nvfp4.",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="DIRECTORY",
+    help="Compare the model with this one, quantised by anybody. Repeatable.",
+)
+@click.option("--plot", metavar="FILE", help="Draw the comparison: a file .svg or .png.")
 @click.option(
     "--window",
     type=int,
@@ -38,36 +52,92 @@ def evaluate(file: str | None, as_json: bool, **options: Any) -> None:
     were held out of the built-in model's training are taken. Every token of a text but the first is
     predicted once, from the tokens before it in its window. Beside the built-in model stand two
     baselines that count its training text: unigrams, and bigrams that back off to them.
+
+    With --schemes the model is quantised as `mortise quantize` does it, into a temporary directory,
+    and every copy predicts the same windows; with --against other directories do. Told is how often
+    the likeliest token is the unquantised model's, and the mean Kullback-Leibler divergence from
+    its predictions, each with its standard error over windows. All models are in memory together.
+    bf16 is the unquantised model computed in bfloat16. --dispatch-dtype is not for the model that
+    the others are compared with: it stays the same whatever is asked of them.
     """
-    from mortise.cli.session import load_llm, progress_bar
-    from mortise.evaluation.likelihood import score_documents
+    from mortise.cli.eval_measure import Reading, compare, score_alone
+    from mortise.cli.eval_rows import draw_rows, row_fields, show
+    from mortise.cli.eval_schemes import with_own_dispatch
+    from mortise.cli.session import load_llm
     from mortise.evaluation.texts import TEXT_FILE, held_out_directory, read_documents
 
+    asked = _comparison(options)
+    plot = _plot(options["plot"], asked)
     resolved = resolve_options(options)
     path = Path(file) if file is not None else held_out_directory() / TEXT_FILE
     found = read_documents(path)[: _at_least_one("--documents", options["documents"])]
-    llm = load_llm(resolved)
+    told: set[str] = set()
+    llm = load_llm(resolved if asked is None else with_own_dispatch(resolved), told)
     length, stride = _window(llm, options["window"], options["stride"])
     token_ids = [one.token_ids(llm.tokenizer) for one in found]
+    reading = Reading(documents=found, token_ids=token_ids, length=length, stride=stride)
+    models, left_out = ([], []) if asked is None else _load(asked, resolved, llm, reading, told)
     started = time.perf_counter()
-    with progress_bar("predicting") as advance:
-        score = score_documents(
-            llm.logits, found, token_ids, length=length, stride=stride, progress=advance
-        )
+    rows = score_alone(llm, reading) if asked is None else compare(llm, models, reading)
     seconds = time.perf_counter() - started
-    scores = {llm.loaded.directory.path.name: score, **_baselines(llm, found, token_ids)}
     facts = {
         "text": str(path),
         "documents": len(found),
-        "bytes": score.text_bytes,
+        "bytes": rows[0].score.text_bytes,
         "window": length,
         "stride": stride,
+        "backend": llm.loaded.bound.row.name,
+        "emulated": llm.loaded.bound.ops.backend.emulated,
+        "device": str(llm.loaded.device),
+        "dtype": str(llm.loaded.dtype).removeprefix("torch."),
         "seconds": seconds,
     }
+    if plot is not None:
+        draw_rows(rows, facts, plot)
     if as_json:
-        print_json(document(**facts, scores=[_fields(*entry) for entry in scores.items()]))
+        left = [{"name": one.name, "reason": one.reason} for one in left_out]
+        print_json(document(**facts, scores=[row_fields(row) for row in rows], left_out=left))
         return
-    _show(facts, scores)
+    show(facts, rows)
+
+
+def _comparison(options: dict[str, Any]) -> Asked | None:
+    """What is to be compared; None if nothing is."""
+    from mortise.cli.eval_schemes import Asked, require_one_process
+
+    if options["schemes"] is None and not options["against"]:
+        return None
+    require_one_process()
+    return Asked.of(options["schemes"], options["against"])
+
+
+def _plot(file: str | None, asked: Asked | None) -> Path | None:
+    """Where to draw, checked before anything takes time."""
+    from mortise.evaluation.plot import require_plot
+
+    if file is None:
+        return None
+    if asked is None:
+        raise click.UsageError("--plot draws nothing without --schemes or --against")
+    plot = Path(file)
+    require_plot(plot)
+    return plot
+
+
+def _load(
+    asked: Asked, resolved: ResolvedConfig, llm: LLM, reading: Reading, told: set[str]
+) -> tuple[list[MeasuredModel], list[LeftOut]]:
+    """The models that the first one is compared with, and what cannot be had."""
+    from mortise.cli.eval_schemes import load_others, load_schemes, require_comparable
+    from mortise.cli.failure import show_warning
+
+    models, left_out = load_schemes(resolved, asked, told)
+    for one in left_out:
+        show_warning(f"{one.name} is left out: {one.reason}")
+    models += load_others(resolved, asked, told)
+    for model in models:
+        require_comparable(llm, model, reading.documents, reading.length)
+    return models, left_out
 
 
 def _at_least_one(option: str, value: int | None) -> int | None:
@@ -95,51 +165,3 @@ def _window(llm: LLM, window: int | None, stride: int | None) -> tuple[int, int]
             remedy="correct --stride",
         )
     return length, stride
-
-
-def _baselines(llm: LLM, documents: list[Document], token_ids: list[list[int]]) -> dict[str, Score]:
-    """Only beside the model whose tokens were counted."""
-    from mortise.evaluation.ngrams import Ngrams, ngram_scores
-    from mortise.evaluation.texts import NGRAMS_FILE, held_out_directory, total_bytes
-
-    if llm.config.model != "builtin":
-        return {}
-    bos_token_id = llm.tokenizer.bos_token_id
-    assert bos_token_id is not None
-    ngrams = Ngrams.load(held_out_directory() / NGRAMS_FILE)
-    return ngram_scores(ngrams, bos_token_id, token_ids, total_bytes(documents))
-
-
-def _fields(name: str, score: Score) -> dict[str, Any]:
-    return {
-        "name": name,
-        "predicted_tokens": score.predicted_tokens,
-        "nats_per_token": score.nats_per_token,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-    }
-
-
-def _show(facts: dict[str, Any], scores: dict[str, Score]) -> None:
-    console = results()
-    console.print(
-        f"{facts['documents']} texts, {facts['bytes']} bytes, of {facts['text']}\n"
-        f"windows of {facts['window']} tokens, {facts['stride']} apart;"
-        f" {facts['seconds']:.1f} s\n",
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(
-        table(
-            ("model", "tokens predicted", "perplexity per token", "bits per byte"),
-            [
-                (
-                    name,
-                    str(score.predicted_tokens),
-                    f"{score.perplexity:.2f}",
-                    f"{score.bits_per_byte:.3f}",
-                )
-                for name, score in scores.items()
-            ],
-        )
-    )

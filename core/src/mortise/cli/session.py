@@ -25,26 +25,53 @@ PATIENCE_SECONDS = 0.5
 """Work that takes no longer shows no bar."""
 
 
-def load_llm(resolved: ResolvedConfig) -> LLM:
-    """Load the model and say which hooks the reference answers in its backend's stead."""
+def load_llm(resolved: ResolvedConfig, told: set[str] | None = None) -> LLM:
+    """Load the model and say which hooks the reference answers in its backend's stead.
+
+    Args:
+        resolved: the configuration.
+        told: warnings that a reader has had already, of models loaded before; they are not
+            repeated, and what is told now is added.
+    """
     from mortise.engine.llm import LLM
 
     with progress_bar("loading", is_bytes=True) as advance:
         llm = LLM(resolved, progress=advance, launch=own_launch())
     click.get_current_context().with_resource(llm)
+    told = set() if told is None else told
+    for text in _news(llm):
+        if text not in told:
+            show_warning(text)
+            told.add(text)
+    return llm
+
+
+def _news(llm: LLM) -> Iterator[str]:
     bound = llm.loaded.bound
     if bound.fallbacks:
         hooks = ", ".join(decision.subject for decision in bound.fallbacks)
-        show_warning(
+        yield (
             f"backend {bound.row.name!r} does not implement {hooks}: the exact reference answers,"
             " on the same device (--strict makes this an error)"
         )
+    yield from dict.fromkeys(_substitutions(llm))
     installed = {row.name for row in bound.candidates}
-    for name in sorted(set(resolved.config.backend_options) - installed):
-        show_warning(f"backend_options.{name} is for a backend that is not installed")
+    for name in sorted(set(llm.config.backend_options) - installed):
+        yield f"backend_options.{name} is for a backend that is not installed"
     if bound.ops.backend.emulated:
-        show_warning(f"backend {bound.row.name!r} is emulated: its numerics, not its speed")
-    return llm
+        yield f"backend {bound.row.name!r} is emulated: its numerics, not its speed"
+
+
+def _substitutions(llm: LLM) -> Iterator[str]:
+    """Rows that travel in another format than was asked for, as their device's policy has it."""
+    for decisions in llm.loaded.dispatch.values():
+        for decision in decisions:
+            if decision.asked is not None:
+                rows = decision.format
+                yield (
+                    f"rows travel to the experts as {rows.dtype.value} instead of"
+                    f" {decision.asked.value}: {decision.reason}"
+                )
 
 
 @contextmanager

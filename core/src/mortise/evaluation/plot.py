@@ -60,14 +60,14 @@ class PlottedModel:
 
     Args:
         name: of the scheme or the model.
-        bits_per_weight: shown below the name.
+        bits_per_weight: shown below the name; None is not shown.
         perplexity: per token.
         excess_nats: beyond the unquantised model's, per token.
         divergence_nats: KL(unquantised || model), per token.
     """
 
     name: str
-    bits_per_weight: float
+    bits_per_weight: float | None
     perplexity: float
     excess_nats: Estimate
     divergence_nats: Estimate
@@ -143,8 +143,7 @@ def figure_of(models: Sequence[PlottedModel], reference_perplexity: float, title
     figure = Figure(figsize=(8, 0.9 + 0.48 * len(models)), layout="constrained")
     figure.suptitle(title, fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True)
-    labels = [f"{one.name}\n{one.bits_per_weight:.1f} bits/weight" for one in models]
-    left.set_yticks(range(len(models)), labels)
+    left.set_yticks(range(len(models)), [_label(one) for one in models])
     left.set_ylim(len(models) - 0.5, -0.5)
     _prepare_axes(left, right, reference_perplexity)
     for row, one in enumerate(models):
@@ -154,6 +153,11 @@ def figure_of(models: Sequence[PlottedModel], reference_perplexity: float, title
         found = one.divergence_nats
         _point(right, row, found.mean, found.standard_error or 0.0, f"{found.mean:.2g}")
     return figure
+
+
+def _label(model: PlottedModel) -> str:
+    bits = model.bits_per_weight
+    return model.name if bits is None else f"{model.name}\n{bits:.1f} bits/weight"
 
 
 def _prepare_axes(left: Axes, right: Axes, reference_perplexity: float) -> None:
@@ -191,7 +195,7 @@ def _point(axes: Axes, row: int, value: float, error: float, label: str) -> None
 def _words(models: Sequence[PlottedModel], reference_perplexity: float) -> str:
     """The picture for those who do not see it."""
     told = [
-        f"{one.name}: {one.bits_per_weight:.1f} bits per weight, perplexity {one.perplexity:.2f},"
+        f"{', '.join(_label(one).splitlines())}: perplexity {one.perplexity:.2f},"
         f" KL divergence {one.divergence_nats.mean:.2g} nats"
         for one in models
     ]

@@ -27,8 +27,14 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Per token; comparable only between models that cut text into the same tokens."""
-        return math.exp(self.nats_per_token)
+        """Per token; comparable only between models that cut text into the same tokens.
+
+        Infinite where it exceeds every number, as of a model that broke.
+        """
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
