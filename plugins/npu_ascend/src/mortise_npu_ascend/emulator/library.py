@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Final
 
 import torch
 
 from mortise.plugin import BackendUnusableError, ReasonCode
+from mortise_npu_ascend.emulator.chip import current_chip
 from mortise_npu_ascend.emulator.schemas import SCHEMA_OF
 
 if TYPE_CHECKING:
@@ -44,8 +46,17 @@ def define(schema: str) -> None:
 
 
 def implement(name: str, function: Callable[..., object]) -> None:
-    """Let an operator that was defined compute CPU tensors by ``function``."""
-    torch.library.impl(f"{NAMESPACE}::{name}", "CPU", function)
+    """Let an operator that was defined compute CPU tensors by ``function``, for an emulated chip.
+
+    Without a chip it raises, so that nothing is emulated for code that did not ask for it.
+    """
+
+    @functools.wraps(function)
+    def on_a_chip(*args: object, **kwargs: object) -> object:
+        current_chip()
+        return function(*args, **kwargs)
+
+    torch.library.impl(f"{NAMESPACE}::{name}", "CPU", on_a_chip)
 
 
 def is_registered(name: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from mortise_npu_ascend.emulator.chip import current_chip
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 NULL_POINTER: Final = 161001
 """Code of the vendor's library for an argument that is missing."""
@@ -78,3 +78,37 @@ def require(
     """
     if not condition:
         reject(operator, reason, kernel=kernel, code=code)
+
+
+def require_dtype(
+    tensor: torch.Tensor,
+    argument: str,
+    allowed: Iterable[torch.dtype],
+    operator: str,
+    *,
+    kernel: str | None = None,
+) -> None:
+    """:func:`reject` an argument of a dtype that the operator does not take.
+
+    Raises:
+        RuntimeError: with the argument, its dtype and the dtypes that would be taken.
+    """
+    names = [device_name(dtype) for dtype in allowed]
+    require(
+        device_name(tensor.dtype) in names,
+        operator,
+        f"Tensor {argument} not implemented for {device_name(tensor.dtype)}, should be in dtype "
+        f"support list [{','.join(names)}]",
+        kernel=kernel,
+    )
+
+
+def not_emulated(operator: str, what: str) -> NoReturn:
+    """Say that the device may well do this, and that the emulator does not.
+
+    Raises:
+        NotImplementedError: always; it is a ``RuntimeError`` too.
+    """
+    raise NotImplementedError(
+        f"{operator} on an emulated Ascend {current_chip().generation}: {what} is not emulated"
+    )

@@ -29,6 +29,10 @@ def storage_format(tensor: torch.Tensor) -> Format:
 
 def stored_as(tensor: torch.Tensor, storage: Format) -> torch.Tensor:
     """A copy of a tensor whose storage has a format."""
-    copy = tensor.detach().clone()
-    setattr(copy.untyped_storage(), _TAG, storage)
-    return copy
+    return tag(tensor.detach().clone(), storage)
+
+
+def tag(tensor: torch.Tensor, storage: Format) -> torch.Tensor:
+    """Say of a tensor that nobody else has how it is stored, and return it."""
+    setattr(tensor.untyped_storage(), _TAG, storage)
+    return tensor
