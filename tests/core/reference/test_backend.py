@@ -71,6 +71,11 @@ def request(**changes: object) -> ExpertLayerRequest:
         ({"scheme_w2": WeightScheme.NVFP4}, "w2: a dimension of 4 cannot be divided into blocks"),
         ({"scheme_w2": WeightScheme.NVFP4, "intermediate_size": 32}, ""),
         ({"static_input": True}, "w13: weights of scheme float are to have a static scale"),
+        ({"num_groups_w2": 2}, "w2: weights of scheme float are to have scales for groups"),
+        (
+            {"scheme_w13": WeightScheme.W4A8, "hidden_size": 16, "num_groups_w13": 3},
+            "w13: a dimension of 16 cannot be divided into groups of columns",
+        ),
     ],
 )
 def test_it_says_which_layers_it_serves(changes: dict[str, object], reason: str) -> None:

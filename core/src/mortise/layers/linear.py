@@ -126,7 +126,7 @@ class QuantizedLinear(nn.Module):
                 scheme=tensors.stored.scheme,
                 out_features=tensors.out_features,
                 in_features=tensors.in_features,
-                num_groups=tensors.stored.num_groups(tensors.in_features),
+                num_groups=tensors.num_groups,
                 static_input=tensors.stored.static_input,
                 compute_dtype=compute_dtype,
             )

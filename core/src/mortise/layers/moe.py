@@ -181,6 +181,8 @@ class MoELayer(nn.Module):
                 compute_dtype=compute_dtype,
                 num_local_experts=weights.num_local_experts,
                 static_input=static_input,
+                num_groups_w13=self.experts.w13.num_groups,
+                num_groups_w2=self.experts.w2.num_groups,
             )
         )
         if not support.ok:

@@ -66,6 +66,11 @@ class StoredTensors(nn.Module):
             else:
                 self.register_buffer(name, empty)
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of columns that share a scale."""
+        return self.stored.num_groups(self.in_features)
+
     def record(self) -> StoredWeight:
         """All of it, as the hooks take it."""
         return self._record({name: self._tensor(name) for name in TENSOR_FIELDS}, self.num_parts)

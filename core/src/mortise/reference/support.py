@@ -25,10 +25,11 @@ def of_experts(request: ExpertLayerRequest) -> Support:
         request.scheme_w13,
         2 * intermediate,
         hidden,
+        num_groups=request.num_groups_w13,
         num_parts=2,
         static_input=request.static_input,
     )
-    w2 = _layout_problem(request.scheme_w2, hidden, intermediate)
+    w2 = _layout_problem(request.scheme_w2, hidden, intermediate, num_groups=request.num_groups_w2)
     return _answer(
         _dtype_problem(request.compute_dtype) or (w13 and f"w13: {w13}") or (w2 and f"w2: {w2}")
     )

@@ -126,6 +126,7 @@ class ExpertLayerRequest:
         compute_dtype: dtype of the hidden state.
         num_local_experts: E_l, experts of this rank.
         static_input: the checkpoint holds scales for the input of w13.
+        num_groups_w13, num_groups_w2: groups of columns that share a scale, of H and of I.
     """
 
     role: ModelRole
@@ -139,6 +140,8 @@ class ExpertLayerRequest:
     compute_dtype: torch.dtype
     num_local_experts: int = 0
     static_input: bool = False
+    num_groups_w13: int = 1
+    num_groups_w2: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
