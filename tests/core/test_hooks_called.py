@@ -15,6 +15,7 @@ from mortise.engine import loading
 from mortise.layers.gated_delta_net import GatedDeltaNet
 from mortise.layers.linear import QuantizedLinear
 from mortise.layers.stored_tensors import StoredTensors
+from mortise.spec.dispatch import DispatchDecision, TokenDispatcherRequest
 from mortise.spec.hooks import HOOKS
 from mortise.spec.qkv import QKVLayout, QKVShape
 from mortise.spec.roles import ForwardMode, Phase
@@ -32,11 +33,13 @@ PROMPT_LEN = 40
 
 
 class Recorder:
-    """The names of called hooks in order, and the kind of each pass that was planned."""
+    """The names of called hooks in order, kinds of planned passes, decisions, and exchanges."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.modes: list[ForwardMode] = []
+        self.decisions: list[DispatchDecision] = []
+        self.exchanges: list[TokenDispatcherRequest] = []
 
     def wrap(self, ops: Ops) -> Ops:
         """The same answers, every call written down."""
@@ -46,7 +49,10 @@ class Recorder:
         def recorded(*arguments: object) -> Any:
             self.names.append(name)
             self.modes += [one for one in arguments if isinstance(one, ForwardMode)]
-            return hook(*arguments)
+            self.exchanges += [one for one in arguments if isinstance(one, TokenDispatcherRequest)]
+            answer = hook(*arguments)
+            self.decisions += [answer] if isinstance(answer, DispatchDecision) else []
+            return answer
 
         return recorded
 
@@ -129,6 +135,12 @@ def test_a_layer_is_decided_then_prepared_then_given_its_exchange(recorder: Reco
     built = recorder.names[: recorder.phases.index(Phase.STEP)]
     one_layer = ["resolve_dispatch_dtype", "prepare_expert_weights", "create_token_dispatcher"]
     assert built == one_layer * (len(built) // 3)
+
+
+def test_an_exchange_is_told_what_was_decided(recorder: Recorder) -> None:
+    decided = [decision.format for decision in recorder.decisions]
+    assert decided == [request.format for request in recorder.exchanges]
+    assert len(decided) == recorder.names.count("create_token_dispatcher") > 0
 
 
 def test_every_pass_is_planned_once(recorder: Recorder) -> None:

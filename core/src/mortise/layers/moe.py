@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mortise.layers.context import LayerContext
     from mortise.layers.mlp import SwiGLU
     from mortise.layers.router import GroupedSigmoidRouter
+    from mortise.spec.dispatch import DispatchFormat
 
 
 class RoutedExperts(nn.Module):
@@ -160,7 +161,8 @@ class MoELayer(nn.Module):
         for decision in decisions.values():
             weights = ops.prepare_expert_weights(weights, decision)
         self._exchanges = {
-            mode: Exchange(decision, self._dispatcher(mode)) for mode, decision in decisions.items()
+            mode: Exchange(decision, self._dispatcher(mode, decision.format))
+            for mode, decision in decisions.items()
         }
         self._weights = weights
         return self.decisions
@@ -232,7 +234,7 @@ class MoELayer(nn.Module):
             return None
         return all_reduce_max_float(self.context.group, float(stored.input_scale.max()))
 
-    def _dispatcher(self, mode: DispatchMode) -> TokenDispatcher:
+    def _dispatcher(self, mode: DispatchMode, format: DispatchFormat) -> TokenDispatcher:
         """The device's own exchange where it has one, else the portable one."""
         group = self.context.group
         request = TokenDispatcherRequest(
@@ -246,6 +248,7 @@ class MoELayer(nn.Module):
             mode=mode,
             max_tokens_per_rank=self.context.max_tokens_per_rank,
             two_stage=self.shared_experts is not None,
+            format=format,
             process_group=group.process_group,
         )
         dispatcher = self.context.ops.create_token_dispatcher(request)

@@ -237,6 +237,8 @@ class TokenDispatcherRequest:
         mode: the exchange.
         max_tokens_per_rank: capacity of the low-latency exchange; the same on every rank.
         two_stage: whether ``DispatchedTokens.receive`` may be used.
+        format: what was decided for this layer and mode, and what every dispatch will be given;
+            None where it is not known yet.
         process_group: the torch.distributed group of the ranks; None for one process.
     """
 
@@ -250,4 +252,5 @@ class TokenDispatcherRequest:
     mode: DispatchMode = DispatchMode.NORMAL
     max_tokens_per_rank: int = 0
     two_stage: bool = False
+    format: DispatchFormat | None = None
     process_group: object | None = field(default=None, repr=False)
