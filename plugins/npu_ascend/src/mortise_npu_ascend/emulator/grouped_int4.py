@@ -91,7 +91,8 @@ def check_assisted(call: GroupedCall) -> None:
     if call.offset is not None:
         _check_asymmetric(call)
     # The manual wants a multiple of 256 for one scale per column too; the kernel does without.
-    whole = 0 if current_chip().strict else shape.inner
+    is_uneven = current_chip().strict and shape.inner % _GROUP_SIZE
+    whole = 0 if is_uneven else shape.inner
     rule = f"k should be a multiple of quantGroupSize, which is {_GROUP_SIZE}"
     check_group_size(call, "scale", lambda size: size in (_GROUP_SIZE, whole), rule)
 
