@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mortise.testing.distributions import FakeDistribution
+from mortise.testing.distributions import QKV_SPLIT, FakeDistribution, backend_code
 from tests.cli.command_line import mortise
 
 if TYPE_CHECKING:
@@ -20,9 +20,20 @@ def fake(tmp_path: Path) -> Iterator[FakeDistribution]:
         yield installed
 
 
-def examined(**variables: str) -> tuple[int, dict[str, list[dict]]]:
+ADVISING = """
+@classmethod
+def doctor(cls, request):
+    from mortise.plugin import Finding, Verdict
+    return [
+        Finding("a library", Verdict.WARN, "it is old", "install a newer one"),
+        Finding("the run", Verdict.OK, repr(request)),
+    ]
+"""
+
+
+def examined(*arguments: str | Path, **variables: str) -> tuple[int, dict[str, list[dict]]]:
     """The exit code, and what was found by the name of the check."""
-    outcome = mortise("doctor", "--json", **variables)
+    outcome = mortise("doctor", "--json", *arguments, **variables)
     checks: dict[str, list[dict]] = {}
     for check in outcome.document["checks"]:
         checks.setdefault(check["name"], []).append(check)
@@ -120,8 +131,86 @@ def test_a_wrong_configuration_is_a_finding(builtin: Path, tmp_path: Path) -> No
     assert checks["environment"][0]["verdict"] == "warn"
 
 
-def test_no_code_of_a_backend_runs(builtin: Path, fake: FakeDistribution) -> None:
+def test_no_code_of_a_backend_runs_that_is_not_configured(
+    builtin: Path, fake: FakeDistribution
+) -> None:
     fake.add_backend("loud", init="raise RuntimeError('imported')")
     code, checks = examined()
     assert code == 0
     assert checks["backend loud"][0]["verdict"] == "ok"
+    code, checks = examined("--backend", "loud")
+    assert code == 1
+    assert "imported" in checks["configured backend"][0]["found"]
+
+
+def test_the_configured_backend_is_told_of_the_run_and_says_what_it_finds(
+    builtin: Path, fake: FakeDistribution, tiny_model: Path, tmp_path: Path
+) -> None:
+    fake.add_backend("advising", code=backend_code(QKV_SPLIT + ADVISING))
+    config = tmp_path / "engine.toml"
+    config.write_text(
+        f"""
+        model = "{tiny_model}"
+        device = "here"
+        backend_options.advising.depth = 3
+        scheduler = {{max_num_seqs = 7, max_num_batched_tokens = 5}}
+        dispatch.max_tokens_per_rank = 11
+        """
+    )
+    code, checks = examined("--config", config, "--backend", "advising")
+    assert code == 0
+    assert checks["configured model"][0]["found"] == f"deepseek_v32, {tiny_model}"
+    (advice,) = checks["advising: a library"]
+    assert (advice["verdict"], advice["found"]) == ("warn", "it is old")
+    assert advice["remedy"] == "install a newer one"
+    told = checks["advising: the run"][0]["found"]
+    for fact in (
+        "device='here'",
+        "'depth': 3",
+        "world_size=1",
+        "max_tokens=7",
+        "max_tokens_per_rank=11",
+        "modes=(<DispatchMode.NORMAL: 'normal'>,)",
+        "hidden_size=64",
+        "num_experts=8",
+        "num_experts_per_tok=3",
+    ):
+        assert fact in told, told
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("raise ValueError('a bug')", "ValueError: a bug"),
+        ("return ['all is well']", "doctor() returned what is no mortise.plugin.Finding"),
+        (
+            "from mortise.plugin import ConfigError; raise ConfigError('depth is 3')",
+            "depth is 3",
+        ),
+    ],
+)
+def test_a_backend_that_cannot_look_is_a_finding(
+    builtin: Path, fake: FakeDistribution, answer: str, found: str
+) -> None:
+    methods = f"{QKV_SPLIT}\n@classmethod\ndef doctor(cls, request):\n    {answer}\n"
+    fake.add_backend("odd", code=backend_code(methods))
+    code, checks = examined("--backend", "odd")
+    assert code == 1
+    assert checks["odd: doctor"][0]["verdict"] == "fail"
+    assert checks["odd: doctor"][0]["found"].startswith(found)
+
+
+def test_a_model_that_is_not_there_does_not_keep_the_backend_from_looking(
+    builtin: Path, fake: FakeDistribution, tmp_path: Path
+) -> None:
+    fake.add_backend("advising", code=backend_code(QKV_SPLIT + ADVISING))
+    code, checks = examined("--backend", "advising", "--model", tmp_path / "none")
+    assert code == 1
+    assert checks["configured model"][0]["verdict"] == "fail"
+    assert "hidden_size=0" in checks["advising: the run"][0]["found"]
+
+
+def test_a_backend_that_is_not_installed_fails(builtin: Path) -> None:
+    code, checks = examined("--backend", "nowhere")
+    assert code == 1
+    assert "no backend 'nowhere' is installed" in checks["configured backend"][0]["found"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pluggy
 
@@ -49,6 +49,7 @@ from mortise.spec.dispatch import (
     TokenDispatcher,
     TokenDispatcherRequest,
 )
+from mortise.spec.doctor import DoctorRequest, Finding, Verdict
 from mortise.spec.experts import ExpertWeights
 from mortise.spec.hooks import (
     HOOKS,
@@ -71,6 +72,9 @@ from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ForwardMode, ModelRole, Phase
 from mortise.spec.weights import LinearWeight, ScaleFormat, StoredWeight, WeightScheme
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = [
     "HOOKS",
     "NOT_SUPPORTED",
@@ -92,10 +96,12 @@ __all__ = [
     "DispatchPolicy",
     "DispatchRequest",
     "DispatchedTokens",
+    "DoctorRequest",
     "Exact",
     "ExpertLayerRequest",
     "ExpertMethod",
     "ExpertWeights",
+    "Finding",
     "ForwardMode",
     "GroupListKind",
     "HookSpec",
@@ -125,6 +131,7 @@ __all__ = [
     "Support",
     "TokenDispatcher",
     "TokenDispatcherRequest",
+    "Verdict",
     "WeightScheme",
     "check_dispatched_tokens",
     "decide_by_authority",
@@ -155,6 +162,16 @@ class Backend(ABC):
         needs no device keeps this answer.
         """
         return DeviceProbe(found=True, reason="needs no device")
+
+    @classmethod
+    def doctor(cls, request: DoctorRequest) -> Sequence[Finding]:  # noqa: ARG003
+        """Look for what would go wrong in a run, for ``mortise doctor``; nothing is created.
+
+        Asked of the backend that the configuration names, in the process of ``doctor``: look at
+        versions, files and variables, and leave what may crash or hang to :meth:`probe`. What
+        needs no word is no finding; a backend without checks of its own keeps this answer.
+        """
+        return ()
 
     @classmethod
     @abstractmethod

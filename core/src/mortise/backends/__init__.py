@@ -3,6 +3,7 @@
 from mortise.backends.candidate import Candidate, Stage, decision_table
 from mortise.backends.decisions import Decision, DecisionLog
 from mortise.backends.discover import discover_backends
+from mortise.backends.examine import ask_doctor
 from mortise.backends.load import BoundBackend, load_backend
 from mortise.backends.ops import BackendIdentity, Ops
 
@@ -14,6 +15,7 @@ __all__ = [
     "DecisionLog",
     "Ops",
     "Stage",
+    "ask_doctor",
     "decision_table",
     "discover_backends",
     "load_backend",

@@ -7,53 +7,45 @@ import os
 import platform
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from packaging.utils import canonicalize_name
 
-from mortise.errors import MortiseError
+from mortise.errors import ConfigError, MortiseError
+from mortise.spec.doctor import DoctorRequest, Finding, Verdict
 from mortise.spec.reasons import ReasonCode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from mortise.backends import Candidate
+    from mortise.config import EngineConfig, Layer
+    from mortise.models.family import ModelFacts
 
 CORE: Final = "mortise-core"
 # Reasons that say nothing against the installation.
 HARMLESS: Final = frozenset({ReasonCode.CANNOT_SERVE_YET})
 
 
-class Verdict(StrEnum):
-    """What a check found, the best first."""
-
-    OK = "ok"
-    NOTE = "note"
-    WARN = "warn"
-    FAIL = "fail"
+BUILTIN: Final = "builtin"
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """What was looked at, how it is, what was found, and what to do where that is not well."""
+def run_checks(options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Every check, one after the other; what goes wrong in one is its finding.
 
-    name: str
-    verdict: Verdict
-    found: str
-    remedy: str = ""
-
-
-def run_checks() -> Iterator[Check]:
-    """Every check, one after the other; what goes wrong in one is its finding."""
-    checks: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
+    Args:
+        options: of the command line, as ``configuration_options`` gives them.
+    """
+    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("python", _python),
         ("torch", _torch),
-        ("configuration", _configuration),
+        ("configuration", partial(_configuration, options)),
         ("backends", _backends),
         ("distributions", _distributions),
         ("built-in model", _builtin_model),
+        ("configured model", partial(_configured_model, options)),
+        ("configured backend", partial(_configured_backend, options)),
         ("terminal", _terminal),
     )
     for name, check in checks:
@@ -61,66 +53,84 @@ def run_checks() -> Iterator[Check]:
             yield from check()
         except MortiseError as error:
             details = "; ".join([error.what, *error.details])
-            yield Check(name, Verdict.FAIL, details, error.remedy or "")
+            yield Finding(name, Verdict.FAIL, details, error.remedy or "")
 
 
-def _python() -> Iterator[Check]:
+def _python() -> Iterator[Finding]:
     found = f"{platform.python_version()} ({sys.executable}) on {platform.platform()}"
-    yield Check("python", Verdict.OK, found)
+    yield Finding("python", Verdict.OK, found)
 
 
-def _torch() -> Iterator[Check]:
+def _torch() -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:
-        yield Check(
+        yield Finding(
             "torch",
             Verdict.FAIL,
             f"cannot be imported: {type(error).__name__}: {error}",
             "install torch 2.11 or later for this machine",
         )
         return
-    yield Check(
+    yield Finding(
         "torch",
         Verdict.OK,
         f"{torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} processors",
     )
 
 
-def _configuration() -> Iterator[Check]:
+def _configuration(options: Mapping[str, Any]) -> Iterator[Finding]:
+    from mortise.config import resolve
+
+    layers, warned = _layers(options)
+    for text in warned:
+        yield Finding("environment", Verdict.WARN, text)
+    resolve(layers)
+    sources = ", ".join(source for source, _ in layers)
+    yield Finding("configuration", Verdict.OK, sources or "defaults alone")
+
+
+def _layers(options: Mapping[str, Any]) -> tuple[list[Layer], list[str]]:
+    """Where the configuration comes from, and what the environment warned of."""
     import warnings
 
-    from mortise.config import resolve, standard_layers
+    from mortise.cli.options import configuration_layers
     from mortise.env import read_environment
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         environment = read_environment()
-    for warning in caught:
-        yield Check("environment", Verdict.WARN, str(warning.message))
-    layers = standard_layers(environment)
-    resolve(layers)
-    sources = ", ".join(source for source, _ in layers)
-    yield Check("configuration", Verdict.OK, sources or "defaults alone")
+    warned = [str(warning.message) for warning in caught]
+    return configuration_layers(environment, options), warned
 
 
-def _backends() -> Iterator[Check]:
+def _resolved(options: Mapping[str, Any]) -> EngineConfig | None:
+    """The configuration, None where it is wrong: another check says so."""
+    from mortise.config import resolve
+
+    try:
+        return resolve(_layers(options)[0]).config
+    except ConfigError:
+        return None
+
+
+def _backends() -> Iterator[Finding]:
     from mortise.backends import discover_backends
 
     for row in discover_backends():
         yield _backend(row)
 
 
-def _backend(row: Candidate) -> Check:
+def _backend(row: Candidate) -> Finding:
     name = f"backend {row.name}"
     if row.reason is None:
-        return Check(name, Verdict.OK, row.provenance)
+        return Finding(name, Verdict.OK, row.provenance)
     verdict = Verdict.NOTE if row.reason in HARMLESS else Verdict.FAIL
     found = f"{row.reason.value}: {row.explanation}; {row.provenance}"
-    return Check(name, verdict, found, row.remedy)
+    return Finding(name, verdict, found, row.remedy)
 
 
-def _distributions() -> Iterator[Check]:
+def _distributions() -> Iterator[Finding]:
     """The core and the backends: each installed once, no file brought by two of them."""
     from mortise.backends import discover_backends
 
@@ -136,7 +146,7 @@ def _distributions() -> Iterator[Check]:
             owners[str(one.locate_file(file))].add(name)
     for installed, versions in sorted(places.items()):
         if len(versions) > 1:
-            yield Check(
+            yield Finding(
                 "distributions",
                 Verdict.WARN,
                 f"{installed} is installed {len(versions)} times: {', '.join(sorted(versions))}",
@@ -144,7 +154,7 @@ def _distributions() -> Iterator[Check]:
             )
     shared = {path: claimants for path, claimants in owners.items() if len(claimants) > 1}
     for path, claimants in sorted(shared.items())[:3]:
-        yield Check(
+        yield Finding(
             "distributions",
             Verdict.FAIL,
             f"{path} belongs to {' and '.join(sorted(claimants))}",
@@ -152,10 +162,10 @@ def _distributions() -> Iterator[Check]:
         )
     if not shared:
         listed = ", ".join(sorted(places))
-        yield Check("distributions", Verdict.OK, f"no file belongs to two of {listed}")
+        yield Finding("distributions", Verdict.OK, f"no file belongs to two of {listed}")
 
 
-def _builtin_model() -> Iterator[Check]:
+def _builtin_model() -> Iterator[Finding]:
     from mortise.checkpoint import CheckpointTensors, ModelDirectory, Tokenizer
     from mortise.models.registry import family_of
 
@@ -163,7 +173,7 @@ def _builtin_model() -> Iterator[Check]:
     facts = family_of(directory.config).facts(directory.config)
     tensors = CheckpointTensors(directory.weight_files())
     tokenizer = Tokenizer.load(directory.path)
-    yield Check(
+    yield Finding(
         "built-in model",
         Verdict.OK,
         f"{facts.architecture}, {len(tensors)} tensors, {tokenizer.vocab_size} tokens,"
@@ -171,13 +181,67 @@ def _builtin_model() -> Iterator[Check]:
     )
 
 
-def _terminal() -> Iterator[Check]:
+def _configured_model(options: Mapping[str, Any]) -> Iterator[Finding]:
+    config = _resolved(options)
+    if config is None or config.model == BUILTIN:
+        return
+    facts = _model_facts(config)
+    yield Finding("configured model", Verdict.OK, f"{facts.architecture}, {config.model}")
+
+
+def _model_facts(config: EngineConfig) -> ModelFacts:
+    from mortise.checkpoint import ModelDirectory
+    from mortise.models.registry import family_of
+
+    raw = ModelDirectory.open(config.model).config
+    return family_of(raw).facts(raw)
+
+
+def _configured_backend(options: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the backend that the configuration names finds itself."""
+    from mortise.backends import ask_doctor
+
+    config = _resolved(options)
+    if config is None:
+        return
+    name, findings = ask_doctor(config.backend, partial(_doctor_request, config))
+    for finding in findings:
+        yield Finding(f"{name}: {finding.name}", finding.verdict, finding.found, finding.remedy)
+
+
+def _doctor_request(config: EngineConfig, name: str) -> DoctorRequest:
+    """What the backend of a name is told of the run."""
+    from mortise.cli.speaker import own_launch
+    from mortise.engine.dispatch_modes import dispatch_modes
+    from mortise.parallel.group import ExpertParallelGroup
+
+    try:
+        facts = _model_facts(config)
+    except MortiseError:
+        facts = None  # another check says so
+    launch = own_launch()
+    world_size = 1 if launch is None else launch.world_size
+    scheduler = config.scheduler
+    return DoctorRequest(
+        device=config.device,
+        options=config.backend_options.get(name, {}),
+        world_size=world_size,
+        modes=dispatch_modes(config, ExpertParallelGroup(world_size=world_size)),
+        max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+        max_tokens_per_rank=config.dispatch.max_tokens_per_rank,
+        hidden_size=facts.hidden_size if facts else 0,
+        num_experts=facts.num_experts if facts else 0,
+        num_experts_per_tok=facts.num_experts_per_tok if facts else 0,
+    )
+
+
+def _terminal() -> Iterator[Finding]:
     encoding = (sys.stdout.encoding or "unknown").lower()
     kind = "a terminal" if sys.stdout.isatty() else "not a terminal"
     found = f"standard output is {kind}, {encoding}"
     if encoding.replace("-", "") == "utf8":
-        yield Check("terminal", Verdict.OK, found)
+        yield Finding("terminal", Verdict.OK, found)
     else:
-        yield Check(
+        yield Finding(
             "terminal", Verdict.WARN, found, "use a UTF-8 locale; other characters become '?'"
         )

@@ -6,23 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mortise.cli.options import json_option
+from mortise.cli.options import configuration_options, json_option
 from mortise.cli.output import document, print_json, results
 
 if TYPE_CHECKING:
-    from mortise.cli.checks import Check
+    from mortise.spec.doctor import Finding
 
 
 @click.command(short_help="Check the installation.")
+@configuration_options
 @json_option
-def doctor(as_json: bool) -> int:
-    """Check Python, torch, the configuration, the backends, the built-in model and the terminal.
+def doctor(as_json: bool, **options: Any) -> int:
+    """Check Python, torch, the configuration, the backends, the model and the terminal.
 
-    No code of a backend runs. The exit code is 1 if a check failed, otherwise 0.
+    The backend that the configuration names is asked for findings of its own; no code of another
+    one runs. The exit code is 1 if a check failed, otherwise 0.
     """
-    from mortise.cli.checks import Verdict, run_checks
+    from mortise.cli.checks import run_checks
+    from mortise.spec.doctor import Verdict
 
-    checks = list(run_checks())
+    checks = list(run_checks(options))
     failed = any(check.verdict is Verdict.FAIL for check in checks)
     if as_json:
         print_json(document(ok=not failed, checks=[_fields(check) for check in checks]))
@@ -31,7 +34,7 @@ def doctor(as_json: bool) -> int:
     return int(failed)
 
 
-def _fields(check: Check) -> dict[str, Any]:
+def _fields(check: Finding) -> dict[str, Any]:
     return {
         "name": check.name,
         "verdict": check.verdict.value,
@@ -40,10 +43,10 @@ def _fields(check: Check) -> dict[str, Any]:
     }
 
 
-def _show(checks: list[Check]) -> None:
+def _show(checks: list[Finding]) -> None:
     from rich.text import Text
 
-    from mortise.cli.checks import Verdict
+    from mortise.spec.doctor import Verdict
 
     styles = {Verdict.OK: "green", Verdict.NOTE: "cyan", Verdict.WARN: "yellow"}
     width = max(len(check.name) for check in checks)

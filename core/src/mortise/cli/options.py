@@ -12,7 +12,8 @@ from mortise.cli.failure import show_warning
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mortise.config import ResolvedConfig
+    from mortise.config import Layer, ResolvedConfig
+    from mortise.env import Environment
 
     Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -95,7 +96,7 @@ def resolve_options(options: Mapping[str, Any]) -> ResolvedConfig:
     Raises:
         ConfigError: a key or a value is wrong, wherever it came from.
     """
-    from mortise.config import option_layer, resolve, standard_layers
+    from mortise.config import resolve
     from mortise.env import read_environment
 
     with warnings.catch_warnings(record=True) as caught:
@@ -103,9 +104,24 @@ def resolve_options(options: Mapping[str, Any]) -> ResolvedConfig:
         environment = read_environment()
     for warning in caught:
         show_warning(str(warning.message))
+    return resolve(configuration_layers(environment, options))
+
+
+def configuration_layers(environment: Environment, options: Mapping[str, Any]) -> list[Layer]:
+    """Where the values of a configuration may come from, the weakest first.
+
+    Args:
+        environment: what the environment says.
+        options: what :func:`configuration_options` gave.
+
+    Raises:
+        ConfigError: a configuration file is missing or not TOML.
+    """
+    from mortise.config import option_layer, standard_layers
+
     given = [
         option_layer(flag, key, options[name])
         for flag, name, key in CONFIGURATION_OPTIONS
         if options[name] is not None
     ]
-    return resolve(standard_layers(environment, options["config_path"], given))
+    return standard_layers(environment, options["config_path"], given)

@@ -22,6 +22,7 @@ class ModelFacts:
     """What the engine plans with.
 
     ``dtype`` is what the checkpoint says of itself (``torch_dtype``), None where it is silent.
+    ``num_experts`` and ``num_experts_per_tok`` are 0 of a model without experts.
     """
 
     architecture: str
@@ -29,6 +30,9 @@ class ModelFacts:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     dtype: str | None
+    hidden_size: int = 0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
 
 
 class CachePool(Protocol):

@@ -34,6 +34,9 @@ class DeepseekV32Family:
             max_position_embeddings=config.max_position_embeddings,
             eos_token_ids=config.eos_token_ids,
             dtype=config.torch_dtype,
+            hidden_size=config.hidden_size,
+            num_experts=config.n_routed_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
         )
 
     def build(self, raw: Mapping[str, object], context: LayerContext) -> CausalLM:
