@@ -450,6 +450,7 @@ def test_the_most_groups(npu: EmulatedNpu) -> None:
     for experts, stacked, is_taken in (
         (1024, True, True),
         (1025, True, False),
+        (128, False, True),
         (129, False, False),
     ):
         weight = torch.zeros(experts, 8, 8, dtype=FP16)
