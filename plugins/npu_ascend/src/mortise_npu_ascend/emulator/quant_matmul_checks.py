@@ -27,17 +27,22 @@ KERNEL: Final = "aclnnQuantMatmulV5"
 _BF16, _FP16, _FP32, _INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
 _WORD: Final = torch.int64
 
+# Dtypes of a bias besides int32.
+_NO_MORE: Final = frozenset[torch.dtype]()
+_BF16_FP32: Final = frozenset({_BF16, _FP32})
+_FP16_FP32: Final = frozenset({_FP16, _FP32})
+
 # (dtype of both operands, whether rows have a scale, dtype of the scale, of the result): dtypes of
 # the bias. int32 operands are int4 words; a uint64 scale counts as int64.
 _Key = tuple[torch.dtype, bool, torch.dtype, torch.dtype]
 
 
 def _entries(
-    *rows: tuple[torch.dtype, bool, tuple[torch.dtype, ...], torch.dtype, set[torch.dtype]],
+    *rows: tuple[torch.dtype, bool, tuple[torch.dtype, ...], torch.dtype, frozenset[torch.dtype]],
 ) -> Mapping[_Key, frozenset[torch.dtype]]:
     return MappingProxyType(
         {
-            (operand, by_row, scale, out): frozenset(bias | {_INT32})
+            (operand, by_row, scale, out): bias | {_INT32}
             for operand, by_row, scales, out, bias in rows
             for scale in scales
         }
@@ -45,19 +50,19 @@ def _entries(
 
 
 _INT8_ROWS: Final = (
-    (torch.int8, False, (_WORD, _FP32), torch.int8, set[torch.dtype]()),
-    (torch.int8, False, (_WORD, _FP32), _FP16, set[torch.dtype]()),
-    (torch.int8, False, (_FP32, _BF16), _BF16, {_BF16, _FP32}),
-    (torch.int8, False, (_FP32, _BF16), _INT32, set[torch.dtype]()),
-    (torch.int8, True, (_FP32, _BF16), _BF16, {_BF16, _FP32}),
-    (torch.int8, True, (_FP32,), _FP16, {_FP16, _FP32}),
-    (WORDS, False, (_WORD, _FP32), _FP16, set[torch.dtype]()),
+    (torch.int8, False, (_WORD, _FP32), torch.int8, _NO_MORE),
+    (torch.int8, False, (_WORD, _FP32), _FP16, _NO_MORE),
+    (torch.int8, False, (_FP32, _BF16), _BF16, _BF16_FP32),
+    (torch.int8, False, (_FP32, _BF16), _INT32, _NO_MORE),
+    (torch.int8, True, (_FP32, _BF16), _BF16, _BF16_FP32),
+    (torch.int8, True, (_FP32,), _FP16, _FP16_FP32),
+    (WORDS, False, (_WORD, _FP32), _FP16, _NO_MORE),
 )
 
 _OLDER: Final = _entries(
     *_INT8_ROWS,
-    (WORDS, True, (_FP32, _BF16), _BF16, {_BF16, _FP32}),
-    (WORDS, True, (_FP32,), _FP16, {_FP16, _FP32}),
+    (WORDS, True, (_FP32, _BF16), _BF16, _BF16_FP32),
+    (WORDS, True, (_FP32,), _FP16, _FP16_FP32),
 )
 
 # The newest generation takes int4 with scales of rows only in a dtype that torch lacks.
@@ -65,9 +70,7 @@ _BIASES: Final[Mapping[Generation, Mapping[_Key, frozenset[torch.dtype]]]] = Map
     {
         Generation.A2: _OLDER,
         Generation.A3: _OLDER,
-        Generation.A5: _entries(
-            *_INT8_ROWS, (torch.int8, False, (_WORD,), _BF16, set[torch.dtype]())
-        ),
+        Generation.A5: _entries(*_INT8_ROWS, (torch.int8, False, (_WORD,), _BF16, _NO_MORE)),
     }
 )
 
@@ -95,9 +98,7 @@ def check(
             offset.dtype == _FP32,
             f"offset's type supported for float32, but offset.dtype is {offset.dtype}",
         )
-        _require(
-            out_dtype == torch.int8, "offset is supported only where the result is DT_INT8"
-        )
+        _require(out_dtype == torch.int8, "offset is supported only where the result is DT_INT8")
         _check_vector("offset", offset, columns)
     if pertoken_scale is not None:
         _check_row_scale(x1, pertoken_scale)
@@ -180,9 +181,7 @@ def _check_row_scale(x1: torch.Tensor, pertoken_scale: torch.Tensor) -> None:
     )
 
 
-def _check_bias_shape(
-    x1: torch.Tensor, x2: torch.Tensor, bias: torch.Tensor, columns: int
-) -> None:
+def _check_bias_shape(x1: torch.Tensor, x2: torch.Tensor, bias: torch.Tensor, columns: int) -> None:
     batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
     shapes = [(columns,)]
     if x1.dtype != WORDS and len(batch) == 1:
