@@ -47,6 +47,7 @@ def verdict(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         timeout=SECONDS,
         check=False,
     )
-    assert outcome.returncode == 0, outcome.stderr
+    if outcome.returncode != 0:
+        pytest.fail(f"the judge did not come to a verdict:\n{outcome.stderr}", pytrace=False)
     found: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
     return found
