@@ -96,7 +96,7 @@ def run_gated_delta_net(recorder: Recorder) -> None:
 def run_quantised_projection(recorder: Recorder) -> None:
     """Load one twice, as an update of the weights does, and run it three times."""
     scheme = ModuleScheme(scheme=WeightScheme.W8A8)
-    tensors = StoredTensors(scheme, out_features=4, in_features=8)
+    tensors = StoredTensors(scheme, out_features=4, in_features=8, module="projection")
     layer = QuantizedLinear(
         recorder.wrap(reference_ops()), "layers.0.down_proj", tensors, bias=False
     )

@@ -50,7 +50,9 @@ def linear(
     stored = context.schemes.common_scheme(modules)
     if stored.scheme is WeightScheme.FLOAT:
         return nn.Linear(in_features, out_features, bias=bias)
-    tensors = StoredTensors(stored, out_features, in_features, num_parts=len(modules))
+    tensors = StoredTensors(
+        stored, out_features, in_features, num_parts=len(modules), module=modules[0]
+    )
     if as_float:
         assert not bias
         return DequantizedLinear(tensors)

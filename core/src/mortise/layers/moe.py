@@ -72,9 +72,20 @@ class RoutedExperts(nn.Module):
         w13 = context.schemes.common_scheme([module for e in every for module in self._gate_up(e)])
         w2 = context.schemes.common_scheme([module for e in every for module in self._down(e)])
         self.w13 = StoredTensors(
-            w13, 2 * intermediate_size, hidden_size, num_parts=2, num_experts=len(self.local)
+            w13,
+            2 * intermediate_size,
+            hidden_size,
+            num_parts=2,
+            num_experts=len(self.local),
+            module=self._gate_up(0)[0],
         )
-        self.w2 = StoredTensors(w2, hidden_size, intermediate_size, num_experts=len(self.local))
+        self.w2 = StoredTensors(
+            w2,
+            hidden_size,
+            intermediate_size,
+            num_experts=len(self.local),
+            module=self._down(0)[0],
+        )
 
     def placements(self) -> Iterator[Placement]:
         """Where the tensors of this rank's experts go."""

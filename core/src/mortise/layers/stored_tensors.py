@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mortise.errors import QuantizationConfigError
 from mortise.formats.weights import stored_layout
 from mortise.spec.weights import StoredWeight, WeightScheme
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mortise.checkpoint.quantization.module_scheme import ModuleScheme
+    from mortise.formats.layout import TensorLayout
 
 TENSOR_FIELDS = tuple(
     name.name
@@ -32,6 +36,10 @@ class StoredTensors(nn.Module):
         out_features, in_features: N and K.
         num_parts: equal parts of N that the checkpoint stores apart.
         num_experts: experts, or None for a single projection.
+        module: dotted name in the checkpoint, of the first one if there are several.
+
+    Raises:
+        QuantizationConfigError: the scheme cannot store a projection of these sizes.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class StoredTensors(nn.Module):
         *,
         num_parts: int = 1,
         num_experts: int | None = None,
+        module: str,
     ) -> None:
         super().__init__()
         self.stored = stored
@@ -49,22 +58,32 @@ class StoredTensors(nn.Module):
         self.out_features = out_features
         self.in_features = in_features
         leading = () if num_experts is None else (num_experts,)
-        layout = stored_layout(
-            stored.scheme,
-            out_features,
-            in_features,
-            num_groups=stored.num_groups(in_features),
-            num_parts=num_parts,
-            static_input=stored.static_input,
-            asymmetric_input=stored.asymmetric_input,
-            float_dtype=torch.get_default_dtype(),
-        )
-        for name, (shape, dtype) in layout.items():
+        for name, (shape, dtype) in self._layout(module).items():
             empty = torch.empty(*leading, *shape, dtype=dtype)
             if stored.scheme is WeightScheme.FLOAT:
                 self.register_parameter(name, nn.Parameter(empty))
             else:
                 self.register_buffer(name, empty)
+
+    def _layout(self, module: str) -> Mapping[str, TensorLayout]:
+        try:
+            return stored_layout(
+                self.stored.scheme,
+                self.out_features,
+                self.in_features,
+                num_groups=self.num_groups,
+                num_parts=self.num_parts,
+                static_input=self.stored.static_input,
+                asymmetric_input=self.stored.asymmetric_input,
+                float_dtype=torch.get_default_dtype(),
+            )
+        except QuantizationConfigError as error:
+            raise QuantizationConfigError(
+                f"module {module}: {error.what}",
+                details=[f"stored as {self.stored.scheme.value}: {self.stored.reason}"],
+                expected=error.expected,
+                remedy=error.remedy or "use a version of the model that leaves it unquantised",
+            ) from None
 
     @property
     def num_groups(self) -> int:

@@ -67,7 +67,9 @@ def test_round_trip(model: Path, tmp_path: Path, name: str) -> None:
             assert found.num_groups(projection.in_features) == wanted.num_groups(
                 projection.in_features
             )
-            memory[module] = StoredTensors(found, projection.out_features, projection.in_features)
+            memory[module] = StoredTensors(
+                found, projection.out_features, projection.in_features, module=module
+            )
             placements += plan.placements(module, memory[module].part(0), found)
         rest = Skip(".+", "not quantised, or of no use")
         load_weights(tensors, placements, (*plan.skips(), rest))
