@@ -156,3 +156,12 @@ def test_a_poisoned_row_is_no_number_in_any_float_format() -> None:
         rows = arrange_rows(torch.ones(1, 4).to(dtype), arrangement, poison=True)
         assert rows.dtype == dtype
         assert rows.float().isnan().all()
+
+
+def test_unquantised_rows_keep_their_gradient() -> None:
+    rows = torch.randn(3, 4, requires_grad=True)
+    ids = torch.tensor([[0, 1], [1, -1], [1, 0]])
+    arrangement = arrange_choices(ids, 2, NORMAL)
+    arrange_rows(rows, arrangement, poison=False).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.tolist() == [[2.0] * 4, [1.0] * 4, [2.0] * 4]

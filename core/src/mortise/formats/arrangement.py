@@ -183,7 +183,9 @@ def fill_rows(out: torch.Tensor, rows: torch.Tensor, arrangement: Arrangement) -
 def arrange_rows(rows: torch.Tensor, arrangement: Arrangement, *, poison: bool) -> torch.Tensor:
     """Bring the rows of tokens ``[S, ...]`` into their places, ``[num_rows, ...]``."""
     if arrangement.slots is None:
-        return _in_order(rows, arrangement).view(rows.dtype)
+        ordered = _in_order(rows, arrangement)
+        # A view of another dtype has no gradient, and training dispatches too.
+        return ordered if ordered.dtype is rows.dtype else ordered.view(rows.dtype)
     layout = TensorLayout(tuple(rows.shape[1:]), rows.dtype)
     out = undefined_rows(layout, arrangement.num_rows, rows.device, poison=poison)
     fill_rows(out, rows, arrangement)
