@@ -1,0 +1,1 @@
+"""Products of rows with one projection outside the experts, one operator a module."""
