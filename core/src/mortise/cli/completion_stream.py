@@ -107,7 +107,9 @@ def show_timings(llm: LLM, sampling: SamplingParams, completions: list[Completio
     if total > first and generated > len(completions):
         parts.append(f"{(generated - len(completions)) / (total - first):.1f} tokens/s")
     dtype = str(loaded.dtype).removeprefix("torch.")
-    parts.append(f"{loaded.bound.ops.backend.name} on {loaded.device}, {dtype}")
+    backend = loaded.bound.ops.backend
+    emulated = "emulated " if backend.emulated else ""
+    parts.append(f"{emulated}{backend.name} on {loaded.device}, {dtype}")
     if len(completions) == 1:
         (only,) = completions
         parts.append(f"ended by {only.finish_reason}")
