@@ -111,6 +111,6 @@ def scale_words(scale: torch.Tensor) -> torch.Tensor:
 
 
 def columns_last(scale_NG: torch.Tensor) -> torch.Tensor:
-    """Scales ``[..., N, G]`` as ``[..., G, N]``, or ``[..., N]`` where G is 1, in float32."""
-    scale_GN = scale_NG.float().transpose(-1, -2).contiguous()
+    """Copy scales ``[..., N, G]`` to ``[..., G, N]``, or ``[..., N]`` where G is 1, in float32."""
+    scale_GN = scale_NG.float().transpose(-1, -2).clone(memory_format=torch.contiguous_format)
     return scale_GN.squeeze(-2) if scale_GN.shape[-2] == 1 else scale_GN

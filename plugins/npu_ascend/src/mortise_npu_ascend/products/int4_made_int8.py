@@ -100,6 +100,6 @@ def split_scale(scale_ENG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         fp16 factors ``[E_l, N, G]`` and float32 scales ``[E_l, N]``.
     """
     if scale_ENG.shape[-1] == 1:
-        return torch.ones_like(scale_ENG, dtype=torch.float16), scale_ENG.squeeze(-1)
+        return torch.ones_like(scale_ENG, dtype=torch.float16), scale_ENG.squeeze(-1).clone()
     unit_EN1 = scale_ENG.amax(dim=-1, keepdim=True) / LARGEST_FACTOR
     return (scale_ENG / unit_EN1).to(torch.float16), unit_EN1.squeeze(-1)
