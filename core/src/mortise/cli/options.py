@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from mortise.cli.failure import show_warning
+from mortise.cli.settings import setting_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -68,6 +69,14 @@ def configuration_options(command: Command) -> Command:
                 help="Make it an error when the reference stands in for a hook.",
             ),
             click.option(
+                "--set",
+                "settings",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Any key of the configuration, as in a file: --set"
+                " dispatch.low_latency_dtype=bf16. May be given repeatedly.",
+            ),
+            click.option(
                 "--config",
                 "config_path",
                 metavar="FILE",
@@ -116,6 +125,7 @@ def configuration_layers(environment: Environment, options: Mapping[str, Any]) -
 
     Raises:
         ConfigError: a configuration file is missing or not TOML.
+        click.UsageError: a ``--set`` is no ``KEY=VALUE``.
     """
     from mortise.config import option_layer, standard_layers
 
@@ -124,4 +134,5 @@ def configuration_layers(environment: Environment, options: Mapping[str, Any]) -
         for flag, name, key in CONFIGURATION_OPTIONS
         if options[name] is not None
     ]
+    given += setting_layers(options["settings"])
     return standard_layers(environment, options["config_path"], given)
