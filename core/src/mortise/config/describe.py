@@ -33,7 +33,8 @@ max_num_tokens = 16384
 Values come from these places, the weakest first: the defaults below; deprecated environment
 variables; the file given with `--config`, or else the file that the environment variable
 `MORTISE_CONFIG` names; the options of the command line, of which `--set KEY=VALUE` sets any key.
-`mortise explain` shows where each value came from. Nothing is converted: `"64"` is not an integer. An unknown key is an error.
+`mortise explain` shows where each value came from. Nothing is converted: `"64"` is not an integer.
+An unknown key is an error.
 """
 
 
