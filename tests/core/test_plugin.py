@@ -16,6 +16,7 @@ RECORD_MODULES = (
     "capabilities",
     "consumer",
     "dispatch",
+    "doctor",
     "experts",
     "methods",
     "paged_mqa",

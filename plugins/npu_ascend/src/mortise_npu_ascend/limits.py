@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, assert_never
 
 from mortise.formats.weights import stored_layout
 from mortise.plugin import MortiseError, WeightScheme
@@ -150,13 +150,17 @@ def _int4_problem(projection: Projection, generation: Generation) -> str:
             return _padding_problem(projection, int4_made_int8.GROUP, LARGEST_AXIS)
         case WeightScheme.W4A8:
             return _padding_problem(projection, int4_by_int8.GROUP, LARGEST_INT8_BY_INT4)
-        case WeightScheme.W4A4 if size % 2:
-            return f"its groups of {size} columns are odd"
-        case WeightScheme.W4A16 if projection.num_groups > 1:
-            if not weight_only.operator_group(generation, size):
-                known = ", ".join(map(str, sorted(weight_only.A5_GROUPS)))
-                return f"its groups of {size} columns are no multiple of {known}"
-    return ""
+        case WeightScheme.W4A4:
+            return f"its groups of {size} columns are odd" if size % 2 else ""
+        case WeightScheme.W4A16:
+            if projection.num_groups == 1 or weight_only.operator_group(generation, size):
+                return ""
+            known = ", ".join(map(str, sorted(weight_only.A5_GROUPS)))
+            return f"its groups of {size} columns are no multiple of {known}"
+        case WeightScheme.FLOAT | WeightScheme.FP8_BLOCK | WeightScheme.W8A8 | WeightScheme.NVFP4:
+            return ""
+        case _:
+            assert_never(projection.scheme)
 
 
 def _padding_problem(projection: Projection, operator_group: int, largest: int) -> str:

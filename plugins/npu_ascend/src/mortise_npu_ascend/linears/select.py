@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from mortise.plugin import WeightScheme
 from mortise_npu_ascend.linears.int4 import Int4Linear
@@ -32,5 +32,7 @@ def linear_product(vendor: Vendor, piece: Piece) -> LinearProduct:
             return SingleGroupLinear.of(vendor, stored, bias)
         case WeightScheme.W4A16:
             return WeightOnlyLinear.of(vendor, stored, bias)
-        case _:
+        case WeightScheme.FLOAT | WeightScheme.FP8_BLOCK | WeightScheme.NVFP4:
             raise AssertionError(f"the limits let no {stored.scheme} weight through")
+        case _:
+            assert_never(stored.scheme)

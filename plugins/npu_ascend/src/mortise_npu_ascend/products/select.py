@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from mortise.plugin import WeightScheme
 from mortise_npu_ascend.dispatch import Generation
@@ -34,5 +34,7 @@ def grouped_product(vendor: Vendor, stored: StoredWeight) -> Product:
             return Int4Product.of(vendor, stored)
         case WeightScheme.W4A16:
             return WeightOnlyProduct.of(vendor, stored)
-        case _:
+        case WeightScheme.FP8_BLOCK | WeightScheme.NVFP4:
             raise AssertionError(f"the limits let no {stored.scheme} weight through")
+        case _:
+            assert_never(stored.scheme)
