@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ PATIENCE_SECONDS = 0.5
 
 
 def load_llm(resolved: ResolvedConfig, told: set[str] | None = None) -> LLM:
-    """Load the model and say which hooks the reference answers in its backend's stead.
+    """Load the model and tell what was warned of, and which hooks the reference answers instead.
 
     Args:
         resolved: the configuration.
@@ -35,11 +36,14 @@ def load_llm(resolved: ResolvedConfig, told: set[str] | None = None) -> LLM:
     """
     from mortise.engine.llm import LLM
 
-    with progress_bar("loading", is_bytes=True) as advance:
+    with (
+        warnings.catch_warnings(record=True) as warned,
+        progress_bar("loading", is_bytes=True) as advance,
+    ):
         llm = LLM(resolved, progress=advance, launch=own_launch())
     click.get_current_context().with_resource(llm)
     told = set() if told is None else told
-    for text in _news(llm):
+    for text in (*(str(warning.message) for warning in warned), *_news(llm)):
         if text not in told:
             show_warning(text)
             told.add(text)
