@@ -288,7 +288,9 @@ def test_wrong_options(table: dict[str, object], complaint: str) -> None:
         read_options(table)
     assert caught.value.what.startswith("backend_options.npu_ascend is wrong: ")
     assert complaint in caught.value.what
-    assert caught.value.expected == "keys generation, strict, weight_format, num_workers"
+    assert caught.value.expected == (
+        "keys generation, strict, weight_format, num_workers, exchange, triton"
+    )
 
 
 def test_all_wrong_options_are_told_at_once() -> None:

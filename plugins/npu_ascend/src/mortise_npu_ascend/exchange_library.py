@@ -86,10 +86,14 @@ def refusal(
     """
     return (
         _of_format(request)
-        or _of_sizes(request, vendor.generation)
-        or _of_ranks(request, vendor.generation)
+        or unserved(request, vendor.generation)
         or _of_buffer(request, vendor, environment)
     )
+
+
+def unserved(request: TokenDispatcherRequest, generation: Generation) -> Refusal | None:
+    """Why DeepEP does not take the sizes of a layer, or so many ranks; None if it does."""
+    return _of_sizes(request, generation) or _of_ranks(request, generation)
 
 
 def _of_format(request: TokenDispatcherRequest) -> Refusal | None:

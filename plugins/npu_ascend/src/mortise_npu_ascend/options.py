@@ -27,6 +27,10 @@ class Options(BaseModel):
             shapes allow it; ``nd`` leaves them row by row.
         num_workers: workers that the indexer's schedule is split among; None is the number of the
             device's matrix units. The result does not depend on it.
+        exchange: between processes. ``auto`` is DeepEP where it is installed and carries a layer's
+            rows, else the core's over HCCL; ``deep_ep`` makes it an error where it does not;
+            ``portable`` is the core's.
+        triton: whether fused projections are split by a Triton program, where there is Triton.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -35,6 +39,8 @@ class Options(BaseModel):
     strict: bool | None = None
     weight_format: Literal["nz", "nd"] = "nz"
     num_workers: int | None = Field(default=None, ge=1)
+    exchange: Literal["auto", "deep_ep", "portable"] = "auto"
+    triton: bool = True
 
     @property
     def chip(self) -> Generation | None:

@@ -187,7 +187,7 @@ def import_torch_npu() -> Any:
         BackendUnusableError: it is not installed, is made for another torch, cannot load its own
             libraries, or its operators' names are taken by the emulator.
     """
-    _require_matching_version()
+    require_matching_version()
     _require_no_emulator()
     try:
         import torch_npu  # type: ignore[import-not-found, unused-ignore]
@@ -204,8 +204,14 @@ def import_torch_npu() -> Any:
     return torch_npu
 
 
-def _require_matching_version() -> None:
-    """One torch_npu minor is made for one torch minor; others crash where they are imported."""
+def require_matching_version() -> None:
+    """See that the library is installed for this torch, without importing it.
+
+    One torch_npu minor is made for one torch minor; others crash where they are imported.
+
+    Raises:
+        BackendUnusableError: it is missing, or made for another torch.
+    """
     wanted = ".".join(map(str, Version(torch.__version__).release[:2]))
     command = f'pip install "{DISTRIBUTION}=={wanted}.*"'
     if importlib.util.find_spec("torch_npu") is None:
