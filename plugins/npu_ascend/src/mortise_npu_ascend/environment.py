@@ -16,6 +16,16 @@ OWN_BUFFER: Final = "DEEPEP_HCCL_BUFFSIZE"
 BUFFER: Final = "HCCL_BUFFSIZE"
 OVER_PCIE: Final = "HCCL_INTRA_PCIE_ENABLE"
 OVER_ROCE: Final = "HCCL_INTRA_ROCE_ENABLE"
+VARIABLES: Final = (
+    INT8_DISPATCH,
+    EXPERT_COUNTS,
+    STRATEGY,
+    OWN_BUFFER,
+    BUFFER,
+    OVER_PCIE,
+    OVER_ROCE,
+)
+"""All that are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
