@@ -13,6 +13,9 @@ from tests.fixtures.launched import launch
 from tests.fixtures.tiny_models import save_tiny
 
 from mortise import LLM, EngineConfig
+from mortise.backends import load_backend
+from mortise.plugin import ModelRole, QKVLayout, QKVShape
+from mortise.reference.qkv import qkv_split
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,3 +75,26 @@ def test_two_chips_give_the_logits_of_one(models: dict[str, Path], tmp_path: Pat
         )
         if name == "bf16":
             assert shared["tokens"] == [list(tokens) for tokens in alone["tokens"]]
+
+
+@pytest.mark.parametrize("generation", ["A2", "A3", "A5"])
+def test_nothing_is_left_to_the_reference(generation: str) -> None:
+    bound = load_backend(
+        "npu_ascend",
+        role=ModelRole.MAIN,
+        device="emulated",
+        options={"generation": generation},
+        strict=True,
+    )
+    assert bound.fallbacks == ()
+    shape = QKVShape(
+        num_key_heads=2,
+        num_value_heads=4,
+        key_head_dim=3,
+        value_head_dim=5,
+        layout=QKVLayout.INTERLEAVED,
+    )
+    inputs = (torch.randn(9, 52), torch.randn(9, 8))
+    found, wanted = bound.ops.qkv_split(*inputs, shape), qkv_split(*inputs, shape)
+    for part in ("mixed_qkv", "z", "b", "a"):
+        assert torch.equal(getattr(found, part), getattr(wanted, part))
