@@ -49,7 +49,6 @@ NOT_A_TENSOR: Final = "quant_type"
 """Last part of entries about attention, which name a module and no tensor."""
 
 SKIPS: Final = (
-    Skip(r".+\.scale_bias", "term of one kernel, which follows from weight and scales"),
     Skip(r".+\.kv_cache_(?:scale|offset)", "keys and values are cached unquantised"),
     Skip(r".+\.fa_[qkv]\.(?:scale|offset)", "attention is computed unquantised"),
 )

@@ -19,6 +19,10 @@ from mortise.checkpoint.quantization.conversions import (
     words_from_bytes,
     words_from_rows,
 )
+from mortise.checkpoint.quantization.modelslim_scale_bias import (
+    agreeing_with_scale_bias,
+    scale_bias_form,
+)
 from mortise.checkpoint.quantization.stored_modules import FLOATS
 from mortise.errors import QuantizationConfigError
 from mortise.spec.weights import WeightScheme
@@ -48,28 +52,72 @@ def dynamic_placements(
         target: views to fill.
         leaves: the tensors it has.
     """
-    weight, scale = f"{module}.weight", f"{module}.weight_scale"
-    assert target.scale is not None
-    rows, groups = target.scale.shape
-    values = values_of(weight)
+    weight, scales = f"{module}.weight", scale_placement(module, target, leaves)
     if target.scheme is WeightScheme.W8A8:
         yield Placement(weight, target.weight)
     else:
-        columns = VALUES_PER_WORD * target.weight.shape[1]
-        packed = is_packed(target, leaves)
-        values = values_of(weight, unpack_rows if packed else None)
-        yield Placement(
-            weight,
-            target.weight,
-            stored=StoredForm(
-                shapes=((rows // 2 if packed else rows, columns),), dtypes=(torch.int8, torch.uint8)
-            ),
-            convert=words_from_rows if packed else words_from_bytes(weight),
+        yield int4_placement(module, target, leaves, scales)
+    yield scales
+
+
+def int4_placement(
+    module: str,
+    target: StoredWeight,
+    leaves: Mapping[str, StoredTensor],
+    scales: Placement,
+) -> Placement:
+    """Values of int4, compared with the ``scale_bias`` that newer versions store.
+
+    Args:
+        module: its name.
+        target: views to fill.
+        leaves: the tensors it has.
+        scales: where its scales go.
+    """
+    weight, bias = f"{module}.weight", f"{module}.scale_bias"
+    assert target.scale is not None and scales.convert is not None
+    rows, columns = target.scale.shape[0], VALUES_PER_WORD * target.weight.shape[1]
+    packed = is_packed(target, leaves)
+    stored_rows = rows // 2 if packed else rows
+    convert = words_from_rows if packed else words_from_bytes(weight)
+    also = {}
+    if target.scheme is WeightScheme.W4A8 and "scale_bias" in leaves:
+        also[bias] = scale_bias_form(rows, columns)
+        scale_of_stored = scales.convert
+        convert = agreeing_with_scale_bias(
+            bias,
+            convert,
+            values=unpack_rows if packed else lambda stored: stored.view(torch.int8),
+            scale=lambda read: scale_of_stored(read(scales.name), read),
+            two_stages="weight_scale_second" in leaves,
         )
+    return Placement(
+        weight,
+        target.weight,
+        stored=StoredForm(shapes=((stored_rows, columns),), dtypes=(torch.int8, torch.uint8)),
+        convert=convert,
+        also=also,
+    )
+
+
+def scale_placement(
+    module: str, target: StoredWeight, leaves: Mapping[str, StoredTensor]
+) -> Placement:
+    """Scales of one stage or of two, once the offsets beside them have been found to be zero.
+
+    Args:
+        module: its name.
+        target: views to fill.
+        leaves: the tensors it has.
+    """
+    scale, second = f"{module}.weight_scale", f"{module}.weight_scale_second"
+    assert target.scale is not None
+    rows, groups = target.scale.shape
+    packed = is_packed(target, leaves)
+    values = values_of(f"{module}.weight", unpack_rows if packed else None)
     offsets = offset_forms(module, leaves)
-    second = f"{module}.weight_scale_second"
     if "weight_scale_second" in leaves:
-        yield Placement(
+        return Placement(
             scale,
             target.scale,
             stored=row_scales(rows),
@@ -78,14 +126,13 @@ def dynamic_placements(
             ),
             also={second: StoredForm(shapes=((rows, groups),), dtypes=FLOATS), **offsets},
         )
-    else:
-        yield Placement(
-            scale,
-            target.scale,
-            stored=row_scales(rows, groups),
-            convert=scale_of(scale, target.scale.shape, values=values, zero_offsets=tuple(offsets)),
-            also=offsets,
-        )
+    return Placement(
+        scale,
+        target.scale,
+        stored=row_scales(rows, groups),
+        convert=scale_of(scale, target.scale.shape, values=values, zero_offsets=tuple(offsets)),
+        also=offsets,
+    )
 
 
 def static_placements(
