@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from typing import Any
 
 import pytest
-from benchmarks import schemes
+from benchmarks import emulated, schemes
 
 from mortise.cli.eval_schemes import SCHEMES
 from tests.docs.pages import DOCS, REPOSITORY
@@ -53,3 +53,13 @@ def test_the_plot_shows_the_same_numbers() -> None:
         bits = f"{score['bits_per_weight']:.1f} bits/weight"
         shown = {score["name"], bits, f"{score['perplexity']:.2f}", f"{divergence:.2g}"}
         assert shown <= texts
+
+
+def test_the_page_shows_what_emulated_chips_make_of_the_schemes() -> None:
+    result = max((REPOSITORY / "benchmarks/results").glob("emulated-*.json"))
+    runs = json.loads(result.read_text(encoding="utf-8"))["runs"]
+    assert [run["device"] for run in runs] == list(emulated.RUNS)
+    assert [run["emulated"] for run in runs] == [False, True, True]
+    assert "\n".join(emulated.markdown(runs)) in PAGE
+    assert result.name in PAGE
+    assert f"{runs[0]['predicted_tokens']:,} tokens" in PAGE
