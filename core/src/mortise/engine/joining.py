@@ -42,7 +42,11 @@ def join_group(
         backend=capabilities.process_group_backend,
         timeout_seconds=resolved.config.parallel.timeout_seconds,
     )
-    agree(group, common_facts(resolved, directory, tensors))
+    try:
+        agree(group, common_facts(resolved, directory, tensors))
+    except BaseException as error:
+        group.close(error)
+        raise
     return group
 
 

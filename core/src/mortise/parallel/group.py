@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import torch.distributed as dist
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from mortise.env import Launch
     from mortise.parallel.meeting_point import MeetingPoint
+
+
+_LETTING_GO_SECONDS: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +75,9 @@ class ExpertParallelGroup:
         if error is not None and not isinstance(error, RankLostError):
             self.meeting_point.leave_word(f"{type(error).__name__}: {first_sentence(error)}")
         dist.destroy_process_group(self.process_group)
+        # The thread that carried the last exchange lets go of its tensors only now, and needs
+        # Python's lock for that: a process that ended meanwhile would be aborted by torch.
+        time.sleep(_LETTING_GO_SECONDS)
 
     def _is_open(self) -> bool:
         return dist.is_initialized() and dist.group.WORLD is self.process_group
