@@ -1,0 +1,1 @@
+"""What the NVIDIA backends of Mortise share: kernels, adapters, and an emulation of the chips."""

@@ -1,0 +1,1 @@
+"""Triton programs and the plan of each launch."""

@@ -1,0 +1,1 @@
+"""One adapter for each vendor library, the only place that imports it."""

@@ -1,0 +1,1 @@
+"""One projection of all local experts, in each scheme of its weights."""
