@@ -69,6 +69,34 @@ def test_the_fresh_plan_is_not_the_refreshed_one() -> None:
     launch(fresh)
 
 
+def with_planned_lens(record: PagedMQAMetadata) -> PagedMQAMetadata:
+    """Planned lengths as a view of a buffer with one spare element."""
+    lens = record.context_lens
+    roomy = torch.full((lens.numel() + 1,), -7, dtype=torch.int32)
+    planned = roomy[:-1].view(lens.shape).copy_(lens.clamp(min=1))
+    buffers = PagedMQABuffers(lens, record.schedule, planned)
+    return dataclasses.replace(record, buffers=buffers)
+
+
+def test_planned_lengths_are_copied_in_place_and_nothing_behind_them() -> None:
+    stale, fresh = with_planned_lens(metadata(300, 0)), with_planned_lens(metadata(0, 2000))
+    kept = stale.planned_lens
+    assert kept is not None
+    refreshed = refresh_paged_mqa_metadata(stale, fresh)
+    assert refreshed.planned_lens is kept
+    assert kept.flatten().tolist() == [1, 2000]
+    assert refreshed.context_lens.flatten().tolist() == [0, 2000]
+    assert torch.as_strided(kept, (3,), (1,))[-1] == -7
+
+
+def test_planned_lengths_are_optional_but_on_both_sides() -> None:
+    assert metadata(300, 10).planned_lens is None
+    plain, planned = metadata(300, 10), with_planned_lens(metadata(300, 10))
+    for stale, fresh in ((plain, planned), (planned, plain)):
+        with pytest.raises(ContractError, match="cannot refresh"):
+            refresh_paged_mqa_metadata(stale, fresh)
+
+
 @pytest.mark.parametrize(
     "other",
     [

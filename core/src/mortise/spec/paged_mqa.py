@@ -26,13 +26,22 @@ class PagedMQABuffers:
         context_lens: int32 ``[rows, next_n]``, contiguous, the true visible length of each row.
         schedule: int32 ``[num_workers + 1, 2]`` or whatever the backend's kernel takes; None where
             the backend's kernel plans by itself.
+        planned_lens: int32 ``[rows, next_n]``, the lengths as planner and kernel both read them,
+            at least 1 each; it may be a view of a larger buffer. None where the kernel reads the
+            true ones.
     """
 
-    __slots__ = ("context_lens", "generation", "schedule")
+    __slots__ = ("context_lens", "generation", "planned_lens", "schedule")
 
-    def __init__(self, context_lens: torch.Tensor, schedule: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        context_lens: torch.Tensor,
+        schedule: torch.Tensor | None,
+        planned_lens: torch.Tensor | None = None,
+    ) -> None:
         self.context_lens = context_lens
         self.schedule = schedule
+        self.planned_lens = planned_lens
         self.generation = 0
 
 
@@ -58,6 +67,11 @@ class PagedMQAMetadata:
     def schedule(self) -> torch.Tensor | None:
         """The backend's own schedule tensor."""
         return self.buffers.schedule
+
+    @property
+    def planned_lens(self) -> torch.Tensor | None:
+        """int32 ``[rows, next_n]``: the lengths, at least 1, that the schedule divides up."""
+        return self.buffers.planned_lens
 
     def check_launch(self, query_rows: int, page_table_rows: int, weight_rows: int) -> None:
         """Assert before a launch that everything agrees in number and belongs to this generation.
@@ -97,7 +111,8 @@ def refresh_paged_mqa_metadata(
         The description of the new generation, over the old storage.
 
     Raises:
-        ContractError: the two are not for the same shape and mode, or one lacks a schedule.
+        ContractError: the two are not for the same shape and mode, or one lacks a schedule or
+            planned lengths that the other has.
     """
     same_shape = (stale.mode, stale.rows, stale.next_n, stale.block_size, stale.num_workers) == (
         fresh.mode,
@@ -106,7 +121,8 @@ def refresh_paged_mqa_metadata(
         fresh.block_size,
         fresh.num_workers,
     )
-    if not same_shape or (stale.schedule is None) != (fresh.schedule is None):
+    pairs = ((stale.schedule, fresh.schedule), (stale.planned_lens, fresh.planned_lens))
+    if not same_shape or any((old is None) != (new is None) for old, new in pairs):
         raise ContractError(
             f"cannot refresh a {stale.mode} schedule of {stale.rows} x {stale.next_n} rows with a "
             f"{fresh.mode} schedule of {fresh.rows} x {fresh.next_n} rows",
@@ -115,8 +131,9 @@ def refresh_paged_mqa_metadata(
         )
     buffers = stale.buffers
     buffers.context_lens.copy_(fresh.context_lens)
-    if buffers.schedule is not None and fresh.schedule is not None:
-        buffers.schedule.copy_(fresh.schedule)
+    for old, new in pairs:
+        if old is not None and new is not None:
+            old.copy_(new)
     buffers.generation += 1
     return replace(fresh, buffers=buffers, generation=buffers.generation)
 
