@@ -214,3 +214,15 @@ def test_a_backend_that_is_not_installed_fails(builtin: Path) -> None:
     code, checks = examined("--backend", "nowhere")
     assert code == 1
     assert "no backend 'nowhere' is installed" in checks["configured backend"][0]["found"]
+
+
+def test_the_device_of_the_configured_backend_is_asked_unless_it_is_emulated(
+    fake: FakeDistribution,
+) -> None:
+    fake.add_backend("elsewhere", manifest={"devices": ["/dev/no-such-node"]})
+    code, checks = examined("--backend", "elsewhere")
+    assert code == 1
+    assert checks["elsewhere: device"][0]["verdict"] == "fail"
+    assert checks["elsewhere: device"][0]["found"].startswith("device_absent: no device node")
+    _, checks = examined("--backend", "elsewhere", "--device", "emulated")
+    assert "elsewhere: device" not in checks

@@ -50,6 +50,17 @@ def test_backends_as_a_document(fake: FakeDistribution) -> None:
     assert rows["future"]["remedy"]
 
 
+def test_backends_say_on_request_whether_their_device_is_here(fake: FakeDistribution) -> None:
+    fake.add_backend("good")
+    fake.add_backend("elsewhere", manifest={"devices": ["/dev/no-such-node"]})
+    rows = {
+        row["name"]: row for row in mortise("backends", "--probe", "--json").document["backends"]
+    }
+    assert (rows["good"]["usable"], rows["good"]["explanation"]) == (True, "needs no device")
+    assert rows["elsewhere"]["reason"] == "device_absent"
+    assert "good: needs no device" in mortise("backends", "--probe").stdout
+
+
 def test_explain_shows_values_with_origins_and_decisions_with_reasons(
     builtin: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mortise.backends import Stage, discover_backends, load_backend
+from mortise.backends import Stage, discover_backends, load_backend, probe_backends
 from mortise.backends.auto import select_auto
 from mortise.backends.probe import ProbeOutcome, probe_in_child
 from mortise.backends.select import SelectionRule
@@ -12,6 +12,7 @@ from mortise.backends.validate import validate
 from mortise.errors import BackendConflictError, BackendNotFoundError, BackendUnusableError
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ModelRole
+from mortise.testing.distributions import backend_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,3 +193,35 @@ def test_auto_loads_what_its_probe_chose(installed: FakeDistribution) -> None:
     assert bound.row.stage is Stage.BOUND
     assert bound.decisions[0].rule == SelectionRule.AUTO
     assert bound.decisions[0].reason == "needs no device"
+
+
+REFUSING = """
+@classmethod
+def probe(cls):
+    from mortise.plugin import BackendUnusableError, ReasonCode
+    raise BackendUnusableError(
+        "it is another", reason=ReasonCode.ARCH_MISMATCH, details=["seen twice"], remedy="buy one"
+    )
+"""
+
+
+def test_a_probe_that_says_what_is_wrong_is_told_with_its_code_and_remedy(
+    installed: FakeDistribution,
+) -> None:
+    installed.add_backend(
+        "auto_a", code=backend_code(REFUSING), manifest={"devices": ["/dev/null"]}
+    )
+    (row,) = [one for one in probe_backends(rows()) if one.name == "auto_a"]
+    assert not row.usable
+    assert (row.reason, row.explanation) == (ReasonCode.ARCH_MISMATCH, "it is another; seen twice")
+    assert row.remedy == "buy one"
+
+
+def test_all_are_probed_but_the_reference(installed: FakeDistribution) -> None:
+    installed.add_backend("auto_a", manifest={"devices": ["/dev/no-such-node*"]})
+    installed.add_backend("auto_b")
+    probed = {row.name: row for row in probe_backends(rows(), answering(auto_b=found()))}
+    assert probed["auto_a"].reason is ReasonCode.DEVICE_ABSENT
+    assert "/dev/no-such-node*" in probed["auto_a"].explanation
+    assert (probed["auto_b"].usable, probed["auto_b"].explanation) == (True, "seen")
+    assert probed["reference"].usable

@@ -1,5 +1,6 @@
 """The life of a hardware backend, from its entry point to the table of hooks that a model calls."""
 
+from mortise.backends.auto import probe_backends
 from mortise.backends.candidate import Candidate, Stage, decision_table
 from mortise.backends.decisions import Decision, DecisionLog
 from mortise.backends.discover import discover_backends
@@ -19,4 +20,5 @@ __all__ = [
     "decision_table",
     "discover_backends",
     "load_backend",
+    "probe_backends",
 ]

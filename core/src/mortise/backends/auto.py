@@ -60,6 +60,18 @@ def select_auto(
     return _chosen(rows, best[0], SelectionRule.AUTO, best[0].explanation)
 
 
+def probe_backends(
+    candidates: Sequence[Candidate], probe: Callable[[str], ProbeOutcome] = probe_in_child
+) -> tuple[Candidate, ...]:
+    """The rows as they are once each usable backend was asked for its device, in a child process.
+
+    Args:
+        candidates: the rows of ``discover_backends``.
+        probe: asks the class ``package.module:Class`` whether its device is here.
+    """
+    return tuple(_probed(row, probe)[0] for row in candidates)
+
+
 def _probed(row: Candidate, probe: Callable[[str], ProbeOutcome]) -> tuple[Candidate, int]:
     """The row as its probe left it, and how closely it fits: 2 exact, 1 pattern, 0 otherwise."""
     manifest = row.manifest
@@ -72,7 +84,7 @@ def _probed(row: Candidate, probe: Callable[[str], ProbeOutcome]) -> tuple[Candi
         return row.rejected(ReasonCode.DEVICE_ABSENT, f"no device node like {nodes}"), 0
     outcome = probe(manifest.object)
     if outcome.reason is not None:
-        return row.rejected(outcome.reason, outcome.explanation), 0
+        return row.rejected(outcome.reason, outcome.explanation, outcome.remedy), 0
     fit = _fit(manifest, outcome.arch)
     if fit is None:
         wanted = ", ".join(manifest.arch)

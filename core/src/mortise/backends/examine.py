@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
-from mortise.backends.auto import select_auto
+from mortise.backends.auto import probe_backends, select_auto
 from mortise.backends.bind import import_backend
 from mortise.backends.causes import cause_and_consequences
 from mortise.backends.discover import discover_backends
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from mortise.backends.candidate import Candidate
     from mortise.plugin import Backend
+
+EMULATED: Final = "emulated"
+"""The device that asks any backend to compute elsewhere what its chip would."""
 
 
 def ask_doctor(name: str, request: Callable[[str], DoctorRequest]) -> tuple[str, Sequence[Finding]]:
@@ -35,7 +39,19 @@ def ask_doctor(name: str, request: Callable[[str], DoctorRequest]) -> tuple[str,
     """
     rows = discover_backends()
     row = (select_auto(rows) if name == AUTO else select_by_name(rows, name)).row
-    return row.name, _findings(import_backend(row), row, request(row.name))
+    asked = request(row.name)
+    return row.name, (*_device(row, asked), *_findings(import_backend(row), row, asked))
+
+
+def _device(row: Candidate, request: DoctorRequest) -> Sequence[Finding]:
+    """Whether the device answers, in a process of its own: its driver may crash or hang."""
+    needs_none = row.manifest is None or not row.manifest.devices
+    if needs_none or request.device == EMULATED:
+        return ()
+    (probed,) = probe_backends([replace(row, reason=None)])
+    verdict = Verdict.OK if probed.reason is None else Verdict.FAIL
+    code = "" if probed.reason is None else f"{probed.reason.value}: "
+    return (Finding("device", verdict, f"{code}{probed.explanation}", probed.remedy),)
 
 
 def _findings(owner: type[Backend], row: Candidate, request: DoctorRequest) -> Sequence[Finding]:

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 from mortise.backends.causes import cause_and_consequences
+from mortise.errors import BackendError
 from mortise.spec.reasons import ReasonCode
 
 TIME_LIMIT_S: Final = 30.0
@@ -26,11 +27,12 @@ PROGRAM: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ProbeOutcome:
-    """What a probe gave: found, with an architecture, or a reason code why not."""
+    """What a probe gave: found, with an architecture, or a reason code why not and a remedy."""
 
     reason: ReasonCode | None
     explanation: str
     arch: str = ""
+    remedy: str = ""
 
 
 def probe_in_child(object_path: str, time_limit_s: float = TIME_LIMIT_S) -> ProbeOutcome:
@@ -54,7 +56,7 @@ def probe_in_child(object_path: str, time_limit_s: float = TIME_LIMIT_S) -> Prob
             return ProbeOutcome(ReasonCode.PROBE_CRASHED, _crash(child.returncode, child.stderr))
         answered = json.loads(answer_path.read_text(encoding="utf-8"))
     reason = ReasonCode(answered["reason"]) if answered["reason"] else None
-    return ProbeOutcome(reason, answered["explanation"], answered["arch"])
+    return ProbeOutcome(reason, answered["explanation"], answered["arch"], answered["remedy"])
 
 
 def _crash(returncode: int, stderr: str) -> str:
@@ -69,12 +71,7 @@ def _crash(returncode: int, stderr: str) -> str:
 def answer(object_path: str, answer_path: str) -> None:
     """The child: import the class, ask it, write the answer down."""
     outcome = _ask(object_path)
-    Path(answer_path).write_text(
-        json.dumps(
-            {"reason": outcome.reason, "explanation": outcome.explanation, "arch": outcome.arch}
-        ),
-        encoding="utf-8",
-    )
+    Path(answer_path).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
 
 
 def _ask(object_path: str) -> ProbeOutcome:
@@ -83,6 +80,9 @@ def _ask(object_path: str) -> ProbeOutcome:
         probe = getattr(importlib.import_module(module), name).probe()
         reason = None if probe.found else ReasonCode.DEVICE_ABSENT
         return ProbeOutcome(reason, str(probe.reason), str(probe.arch))
+    except BackendError as error:
+        cause = "; ".join([error.what, *error.details])
+        return ProbeOutcome(error.reason, cause, remedy=error.remedy or "")
     except Exception as error:  # the parent reports whatever it was
         cause, lines = cause_and_consequences(error)
         return ProbeOutcome(ReasonCode.IMPORT_FAILED, "; ".join([cause, *lines]))

@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="List the installed backends.")
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="Also ask each backend for its device and libraries, in a process of its own.",
+)
 @json_option
-def backends(as_json: bool) -> None:
+def backends(probe: bool, as_json: bool) -> None:
     """List the installed hardware backends and whether each can be used.
 
     Package metadata and manifests are read as text; no code of a backend runs, and no device is
-    touched. `mortise doctor` looks closer.
+    touched, unless `--probe` asks for it. `mortise doctor` looks closer.
     """
-    from mortise.backends import discover_backends
+    from mortise.backends import discover_backends, probe_backends
 
     rows = discover_backends()
+    if probe:
+        rows = probe_backends(rows)
     if as_json:
         print_json(document(backends=[backend_fields(row) for row in rows]))
         return
@@ -91,6 +98,8 @@ def hooks_text(row: Candidate) -> str:
 def remarks(row: Candidate) -> list[str]:
     """Why a backend cannot be used, what to do, and other news."""
     lines = list(row.notes)
+    if row.reason is None and row.explanation:
+        lines.insert(0, row.explanation)
     if row.reason is not None:
         remedy = f"\n  remedy: {row.remedy}" if row.remedy else ""
         lines.insert(0, f"{row.explanation}{remedy}")
