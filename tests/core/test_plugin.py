@@ -23,6 +23,7 @@ RECORD_MODULES = (
     "qkv",
     "reasons",
     "roles",
+    "warmup",
     "weights",
 )
 

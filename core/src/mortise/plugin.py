@@ -62,6 +62,7 @@ from mortise.spec.hooks import (
 from mortise.spec.methods import ordinary_method
 from mortise.spec.paged_mqa import (
     SPLIT_TOKENS,
+    IndexKeyDtype,
     IndexKeyPages,
     PagedMQABuffers,
     PagedMQAMetadata,
@@ -70,6 +71,7 @@ from mortise.spec.paged_mqa import (
 from mortise.spec.qkv import QKVLayout, QKVParts, QKVShape
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ForwardMode, ModelRole, Phase
+from mortise.spec.warmup import WarmupJob, WarmupRequest
 from mortise.spec.weights import LinearWeight, ScaleFormat, StoredWeight, WeightScheme
 
 if TYPE_CHECKING:
@@ -105,6 +107,7 @@ __all__ = [
     "ForwardMode",
     "GroupListKind",
     "HookSpec",
+    "IndexKeyDtype",
     "IndexKeyPages",
     "LinearLayerRequest",
     "LinearWeight",
@@ -132,6 +135,8 @@ __all__ = [
     "TokenDispatcher",
     "TokenDispatcherRequest",
     "Verdict",
+    "WarmupJob",
+    "WarmupRequest",
     "WeightScheme",
     "check_dispatched_tokens",
     "decide_by_authority",
@@ -200,3 +205,12 @@ class Backend(ABC):
         if request.scheme in self.capabilities().schemes:
             return Support(ok=True)
         return Support(ok=False, reason=f"its weight is stored as {request.scheme.value}")
+
+    def warmup(self, request: WarmupRequest) -> Sequence[WarmupJob]:  # noqa: ARG002
+        """Say what has to be compiled before the model runs, and only what is in use.
+
+        Asked once every layer is prepared; answering compiles nothing. The core runs jobs of
+        different keys, several at a time, and is not ready before all of them have ended. A
+        backend that compiles nothing keeps this answer.
+        """
+        return ()

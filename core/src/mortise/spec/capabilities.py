@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mortise.spec.paged_mqa import IndexKeyDtype
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -29,6 +31,7 @@ class Capabilities:
         num_workers: workers among which the indexer's schedule is split.
         max_native_next_n: rows of one request that the indexer's kernel takes natively; 1 means
             every token is a row of its own.
+        index_key_dtypes: how it serves cached keys of the indexer, best first.
         process_group_backend: name of the torch.distributed backend that joins its devices.
     """
 
@@ -40,6 +43,7 @@ class Capabilities:
     page_sizes: frozenset[int]
     num_workers: int
     max_native_next_n: int = 1
+    index_key_dtypes: tuple[IndexKeyDtype, ...] = (IndexKeyDtype.COMPUTE,)
     process_group_backend: str = "gloo"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from mortise.errors import ContractError, StaleScheduleError
@@ -138,11 +139,25 @@ def refresh_paged_mqa_metadata(
     return replace(fresh, buffers=buffers, generation=buffers.generation)
 
 
+class IndexKeyDtype(StrEnum):
+    """How the indexer's keys are cached."""
+
+    COMPUTE = "compute"
+    """In the dtype of the hidden state, without scales."""
+    FP8_E4M3 = "fp8"
+    """float8 e4m3 with one float32 scale a key."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexKeyPages:
-    """The indexer's cached keys of one layer.
+    """The indexer's cached keys of one layer, D wide, as views of one block a page.
 
-    ``keys`` is ``[P, 64, D]``, ``scales`` float32 ``[P, 64]`` or None.
+    COMPUTE: ``keys`` ``[P, 64, D]`` of the compute dtype, contiguous, and no scales.
+
+    FP8_E4M3: ``keys`` float8_e4m3fn ``[P, 64, D]`` and ``scales`` float32 ``[P, 64]`` in one
+    uint8 block ``[64 * (D + 4)]`` a page: first the 64 * D bytes of its keys, then its 64 scales
+    (the layout of DeepGEMM's fused key cache). Pages are therefore ``64 * (D + 4)`` bytes apart in
+    both, and the scales of page p begin ``64 * D`` bytes behind its keys.
     """
 
     keys: torch.Tensor
