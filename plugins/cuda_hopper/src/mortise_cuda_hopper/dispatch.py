@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -43,11 +44,17 @@ POLICY: Final = DispatchPolicy(
 )
 
 
-def resolve_dispatch_dtype(request: DispatchRequest) -> DispatchDecision:
+def resolve_dispatch_dtype(
+    request: DispatchRequest, alignment: int = POLICY.alignment
+) -> DispatchDecision:
     """Keep to the order of authority; when nobody asks, rows travel as fp8.
+
+    Args:
+        request: of the layer.
+        alignment: rows to which groups are padded, as the product that takes them wants it.
 
     Raises:
         ConfigError: the user's override cannot be sent, or not consumed by the layer's experts.
         BackendUnusableError: the same of a format that the user did not ask for.
     """
-    return decide_by_authority(request, POLICY)
+    return decide_by_authority(request, replace(POLICY, alignment=alignment))
