@@ -1,0 +1,136 @@
+"""The part of ``triton.language`` that Mortise's programs are written in, for one program at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mortise_cuda_common.programs import blocks, dtypes, memory, products
+from mortise_cuda_common.programs.scalars import Int32
+
+
+class Language:
+    """What a program finds under the name ``tl``.
+
+    Everything is computed by torch as a chip computes it, rounded in the same places, but for the
+    order of sums within one operation and for chips' approximations (exp2, division, sigmoid).
+
+    Args:
+        place: of the program on the one axis of its grid.
+        grid: programs on that axis.
+    """
+
+    __slots__ = ("_grid", "_place")
+
+    def __init__(self, place: int, grid: int) -> None:
+        self._place = Int32(place)
+        self._grid = Int32(grid)
+
+    def program_id(self, axis: int) -> Int32:
+        """Place of this program in the grid."""
+        return self._place if axis == 0 else Int32(0)
+
+    def num_programs(self, axis: int) -> Int32:
+        """Programs along one axis of the grid."""
+        return self._grid if axis == 0 else Int32(1)
+
+    int1 = dtypes.int1
+    int8 = dtypes.int8
+    int16 = dtypes.int16
+    int32 = dtypes.int32
+    int64 = dtypes.int64
+    uint8 = dtypes.uint8
+    uint16 = dtypes.uint16
+    uint32 = dtypes.uint32
+    float8e4nv = dtypes.float8e4nv
+    float8e5 = dtypes.float8e5
+    float16 = dtypes.float16
+    bfloat16 = dtypes.bfloat16
+    float32 = dtypes.float32
+    float64 = dtypes.float64
+    pointer_type = memory.PointerType
+
+    load = staticmethod(memory.load)
+    store = staticmethod(memory.store)
+    atomic_add = staticmethod(memory.atomic_add)
+
+    dot = staticmethod(products.dot)
+    dot_scaled = staticmethod(products.dot_scaled)
+
+    arange = staticmethod(blocks.arange)
+    full = staticmethod(blocks.full)
+    zeros = staticmethod(blocks.zeros)
+    zeros_like = staticmethod(blocks.zeros_like)
+    cast = staticmethod(blocks.cast)
+    where = staticmethod(blocks.where)
+    maximum = staticmethod(blocks.maximum)
+    minimum = staticmethod(blocks.minimum)
+    clamp = staticmethod(blocks.clamp)
+    trans = staticmethod(blocks.trans)
+    permute = staticmethod(blocks.permute)
+    reshape = staticmethod(blocks.reshape)
+    view = staticmethod(blocks.reshape)
+    expand_dims = staticmethod(blocks.expand_dims)
+    broadcast_to = staticmethod(blocks.broadcast_to)
+    broadcast = staticmethod(blocks.broadcast)
+    join = staticmethod(blocks.join)
+    split = staticmethod(blocks.split)
+    interleave = staticmethod(blocks.interleave)
+    cat = staticmethod(blocks.cat)
+    sum = staticmethod(blocks.sum)
+    cumsum = staticmethod(blocks.cumsum)
+    max = staticmethod(blocks.max)
+    min = staticmethod(blocks.min)
+    argmax = staticmethod(blocks.argmax)
+    argmin = staticmethod(blocks.argmin)
+    abs = staticmethod(blocks.abs)
+    exp = staticmethod(blocks.exp)
+    exp2 = staticmethod(blocks.exp2)
+    log = staticmethod(blocks.log)
+    log2 = staticmethod(blocks.log2)
+    sqrt = staticmethod(blocks.sqrt)
+    sqrt_rn = staticmethod(blocks.sqrt_rn)
+    rsqrt = staticmethod(blocks.rsqrt)
+    sin = staticmethod(blocks.sin)
+    cos = staticmethod(blocks.cos)
+    erf = staticmethod(blocks.erf)
+    floor = staticmethod(blocks.floor)
+    ceil = staticmethod(blocks.ceil)
+    sigmoid = staticmethod(blocks.sigmoid)
+    fma = staticmethod(blocks.fma)
+    fdiv = staticmethod(blocks.fdiv)
+    div_rn = staticmethod(blocks.div_rn)
+    cdiv = staticmethod(blocks.cdiv)
+
+    static_range = staticmethod(range)
+    range = staticmethod(blocks.loop)
+
+    @staticmethod
+    def constexpr(value: Any) -> Any:
+        """A constant of compilation, which is the value itself."""
+        return value
+
+    @staticmethod
+    def multiple_of(value: Any, values: Any) -> Any:
+        """A hint for the compiler: the value itself."""
+        return value
+
+    max_contiguous = multiple_of
+    max_constancy = multiple_of
+
+    @staticmethod
+    def assume(condition: Any) -> None:
+        """A hint for the compiler, which must be true.
+
+        Raises:
+            AssertionError: it is not.
+        """
+        assert condition, "a Triton program assumes what does not hold"
+
+    @staticmethod
+    def static_assert(condition: Any, message: str = "") -> None:
+        """What must hold when a program is compiled."""
+        assert condition, message
+
+    @staticmethod
+    def debug_barrier() -> None:
+        """Threads of one program wait for each other: there is one here."""

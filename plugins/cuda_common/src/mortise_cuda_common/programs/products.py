@@ -1,0 +1,152 @@
+"""Matrix products of the Triton language: of plain numbers, and of blocks that have scales."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from mortise_cuda_common.programs import dtypes
+from mortise_cuda_common.programs.dtypes import Form
+from mortise_cuda_common.programs.values import Value
+
+if TYPE_CHECKING:
+    from mortise_cuda_common.programs.dtypes import Dtype
+
+_E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_OF_FORMAT: Final = {
+    "e4m3": dtypes.float8e4nv,
+    "e5m2": dtypes.float8e5,
+    "bf16": dtypes.bfloat16,
+    "fp16": dtypes.float16,
+}
+
+
+def dot(
+    one: Value,
+    other: Value,
+    acc: Value | None = None,
+    input_precision: str | None = None,
+    allow_tf32: bool | None = None,
+    max_num_imprecise_acc: int | None = None,
+    out_dtype: Dtype = dtypes.float32,
+) -> Value:
+    """``[.., M, K] x [.., K, N]``, summed in float32 (bytes: int32).
+
+    Raises:
+        TypeError: formats that no tensor core multiplies.
+    """
+    _check_dot(one, other)
+    if one.dtype.form is not Form.FLOAT:
+        product = (one.data.to(torch.float64) @ other.data.to(torch.float64)).to(torch.int32)
+        return Value(product if acc is None else acc.data + product, dtypes.int32)
+    left, right = one.data.to(torch.float32), other.data.to(torch.float32)
+    if (
+        one.dtype is dtypes.float32
+        and allow_tf32 is not False
+        and input_precision in {None, "tf32"}
+    ):
+        left, right = _tf32(left), _tf32(right)
+    return _summed(left, right, acc, out_dtype)
+
+
+def dot_scaled(
+    lhs: Value,
+    lhs_scale: Value | None,
+    lhs_format: str,
+    rhs: Value,
+    rhs_scale: Value | None,
+    rhs_format: str,
+    acc: Value | None = None,
+    fast_math: bool = False,
+    lhs_k_pack: bool = True,
+    rhs_k_pack: bool = True,
+    out_dtype: Dtype = dtypes.float32,
+) -> Value:
+    """``[M, K] x [K, N]`` of numbers times the scale of their block of K, summed in float32.
+
+    Args:
+        lhs: ``[M, K]``; e2m1 as bytes ``[M, K/2]``, the even K in the low half of each.
+        lhs_scale: ``[M, K/32]`` of e8m0 as bytes, or ``[M, K/16]`` of e4m3.
+        lhs_format: e2m1, e4m3, e5m2, bf16 or fp16.
+        rhs: ``[K, N]``; e2m1 as bytes ``[K/2, N]``.
+        rhs_scale: ``[N, K/32]`` or ``[N, K/16]`` likewise.
+        rhs_format: as of the other.
+        acc: what the product is added to, float32 ``[M, N]``.
+        fast_math: allows a chip not to care for NaN.
+        lhs_k_pack, rhs_k_pack: whether two numbers of a byte are neighbours along K.
+        out_dtype: float32.
+    """
+    left = _scaled(_decoded(lhs, lhs_format, packed_rows=not lhs_k_pack), lhs_scale)
+    turned = Value(rhs.data.mT, rhs.dtype)
+    right = _scaled(_decoded(turned, rhs_format, packed_rows=not rhs_k_pack), rhs_scale)
+    if left.shape[-1] != right.shape[-1]:
+        raise ValueError(f"K of {list(lhs.shape)} is not that of {list(rhs.shape)}")
+    return _summed(left, right.mT, acc, out_dtype)
+
+
+def _check_dot(one: Value, other: Value) -> None:
+    both_float8 = one.dtype.is_float8 and other.dtype.is_float8
+    if one.dtype is not other.dtype and not both_float8:
+        raise TypeError(f"tl.dot takes two blocks of one format, not {one.dtype} and {other.dtype}")
+    if one.dtype.form is not Form.FLOAT and one.dtype not in {dtypes.int8, dtypes.uint8}:
+        raise TypeError(f"tl.dot does not multiply {one.dtype}")
+    if one.data.dim() != other.data.dim() or one.data.shape[-1] != other.data.shape[-2]:
+        raise ValueError(f"tl.dot does not multiply {one.shape} by {other.shape}")
+
+
+def _summed(left: torch.Tensor, right: torch.Tensor, acc: Value | None, out_dtype: Dtype) -> Value:
+    if acc is None:
+        return Value((left @ right).to(out_dtype.kept_as), out_dtype)
+    if acc.shape != [*left.shape[:-1], right.shape[-1]]:
+        raise ValueError(f"accumulator of {acc.shape} for {list(left.shape)} x {list(right.shape)}")
+    if acc.dtype is dtypes.float32 and left.dim() == 2:
+        return Value(torch.addmm(acc.data, left, right), acc.dtype)
+    return Value((acc.data + left @ right).to(acc.dtype.kept_as), acc.dtype)
+
+
+def _tf32(numbers: torch.Tensor) -> torch.Tensor:
+    """Without the 13 lowest bits, which tensor cores do not look at."""
+    return (numbers.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def _decoded(block: Value, name: str, *, packed_rows: bool) -> torch.Tensor:
+    """Numbers ``[rows, K]`` as float32."""
+    if name != "e2m1":
+        expected = _OF_FORMAT[name]
+        data = (
+            block.data.contiguous().view(expected.kept_as) if block.dtype.bits == 8 else block.data
+        )
+        return data.to(torch.float32)
+    if block.dtype not in {dtypes.uint8, dtypes.int8}:
+        raise TypeError(f"e2m1 is packed in uint8, not in {block.dtype}")
+    codes = block.data.contiguous().view(torch.uint8).to(torch.int32)
+    table = torch.tensor([*_E2M1, *(-one for one in _E2M1)])
+    low, high = table[codes & 15], table[codes >> 4]
+    if packed_rows:
+        return torch.stack((low, high), dim=-2).flatten(-3, -2)
+    return torch.stack((low, high), dim=-1).flatten(-2)
+
+
+def _scaled(numbers: torch.Tensor, scale: Value | None) -> torch.Tensor:
+    if scale is None:
+        return numbers
+    is_e4m3 = scale.dtype is dtypes.float8e4nv
+    group = 16 if is_e4m3 else 32
+    if scale.shape != [*numbers.shape[:-1], numbers.shape[-1] // group]:
+        raise ValueError(
+            f"scales of {scale.dtype} for {list(numbers.shape)} are one for {group} numbers, not "
+            f"{scale.shape}"
+        )
+    factors = scale.data.to(torch.float32) if is_e4m3 else _powers_of_two(scale)
+    return (numbers.unflatten(-1, (-1, group)) * factors.unsqueeze(-1)).flatten(-2)
+
+
+def _powers_of_two(scale: Value) -> torch.Tensor:
+    """e8m0: 2 to the power of the byte less 127; 255 is NaN."""
+    if scale.dtype not in {dtypes.uint8, dtypes.int8}:
+        raise TypeError(f"scales are e8m0 in uint8 or e4m3, not {scale.dtype}")
+    data: Any = scale.data.contiguous().view(torch.uint8)
+    return torch.ldexp(torch.ones(()), data.to(torch.int32) - 127).masked_fill(
+        data == 255, float("nan")
+    )
