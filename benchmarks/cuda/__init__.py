@@ -1,0 +1,1 @@
+"""What the NVIDIA backends do on a GPU, peers side by side in one run."""
