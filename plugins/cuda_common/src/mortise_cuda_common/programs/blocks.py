@@ -31,7 +31,7 @@ def arange(start: int, end: int) -> Value:
 def full(shape: Sequence[int], value: Any, dtype: Dtype) -> Value:
     """One number everywhere."""
     _check_shape(shape)
-    number = value.data if isinstance(value, Value) else value
+    number = float(value.data) if isinstance(value, Value) else value
     return Value(torch.full(tuple(shape), number, dtype=dtype.kept_as), dtype)
 
 
@@ -63,20 +63,30 @@ def cast(
 def where(condition: Any, one: Any, other: Any) -> Any:
     """The one where a condition holds, the other elsewhere."""
     left, right, dtype = _same_format(one, other)
-    chosen = torch.where(plain_value(condition).data.to(torch.bool), left, right)
+    truth = plain_value(condition)
+    if truth.dtype is not dtypes.int1:
+        raise TypeError(f"tl.where chooses by a condition, not by {truth.dtype}")
+    chosen = torch.where(truth.data, left, right)
     return result(chosen, dtype)
 
 
 def maximum(one: Any, other: Any, propagate_nan: Any = None) -> Any:
     """The larger of two numbers; NaN stays what it is, for it stands for what is undefined."""
-    left, right, dtype = _same_format(one, other)
+    left, right, dtype = _same_format(_wide(one), _wide(other))
     return result(torch.maximum(left, right), dtype)
 
 
 def minimum(one: Any, other: Any, propagate_nan: Any = None) -> Any:
     """The smaller of two numbers; NaN stays what it is, for it stands for what is undefined."""
-    left, right, dtype = _same_format(one, other)
+    left, right, dtype = _same_format(_wide(one), _wide(other))
     return result(torch.minimum(left, right), dtype)
+
+
+def _wide(number: Any) -> Any:
+    """A bf16 as a float32, which is what Triton compares it as."""
+    if isinstance(number, Value) and number.dtype is dtypes.bfloat16:
+        return values.cast(number, dtypes.float32)
+    return number
 
 
 def clamp(value: Any, low: Any, high: Any, propagate_nan: Any = None) -> Any:
@@ -159,15 +169,23 @@ def _flat(dims: Sequence[Any]) -> tuple[int, ...]:
     return tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else tuple(dims)
 
 
-def sum(value: Value, axis: int | None = None, keep_dims: bool = False, dtype: Any = None) -> Any:
-    """The sum along one dimension, or of all."""
+def block_sum(
+    value: Value, axis: int | None = None, keep_dims: bool = False, dtype: Any = None
+) -> Any:
+    """The sum along one dimension, or of all.
+
+    Raises:
+        TypeError: of 16-bit numbers, which chips round after every addition: cast them.
+    """
+    if dtype is None and value.dtype.form is Form.FLOAT and value.dtype.bits < 32:
+        raise TypeError(f"a sum of {value.dtype} is rounded after every addition: cast it to fp32")
     value = values.plain_value(value.to(dtype or _sum_dtype(value.dtype)))
     return _reduced(torch.sum, value, axis, keep_dims)
 
 
 def cumsum(value: Value, axis: int = 0, reverse: bool = False, dtype: Any = None) -> Value:
     """Sums of all numbers so far along one dimension, each with its own."""
-    value = values.plain_value(value.to(dtype or _sum_dtype(value.dtype)))
+    value = values.plain_value(value.to(dtype or _sum_dtype(_wide(value).dtype)))
     data = value.data.flip(axis) if reverse else value.data
     summed = torch.cumsum(data, axis, dtype=data.dtype)
     return Value(summed.flip(axis) if reverse else summed, value.dtype)
@@ -180,13 +198,17 @@ def _sum_dtype(dtype: Dtype) -> Dtype:
     return dtypes.int32 if dtype.signed else dtypes.uint32
 
 
-def max(value: Value, axis: int | None = None, keep_dims: bool = False, **options: Any) -> Any:
+def block_max(
+    value: Value, axis: int | None = None, keep_dims: bool = False, **options: Any
+) -> Any:
     """The largest number along one dimension, or of all."""
     _refuse_indices(options)
     return _reduced(torch.amax, _as_reduced(value), axis, keep_dims)
 
 
-def min(value: Value, axis: int | None = None, keep_dims: bool = False, **options: Any) -> Any:
+def block_min(
+    value: Value, axis: int | None = None, keep_dims: bool = False, **options: Any
+) -> Any:
     """The smallest number along one dimension, or of all."""
     _refuse_indices(options)
     return _reduced(torch.amin, _as_reduced(value), axis, keep_dims)
@@ -255,7 +277,7 @@ ceil = _function(torch.ceil)
 sigmoid = _function(torch.sigmoid)
 
 
-def abs(value: Any) -> Any:
+def size_of(value: Any) -> Any:
     """The size of a number."""
     if not isinstance(value, Value):
         return -value if value < 0 else value

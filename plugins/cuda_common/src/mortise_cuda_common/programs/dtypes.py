@@ -1,4 +1,4 @@
-"""The number formats of the Triton language, and what comes of two of them (triton 3.6 semantic.py)."""
+"""The number formats of the Triton language, and what comes of two of them, as in triton 3.6."""
 
 from __future__ import annotations
 

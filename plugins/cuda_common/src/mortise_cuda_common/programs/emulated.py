@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from mortise_cuda_common.programs import blocks
+from mortise_cuda_common.programs import blocks, dtypes
 from mortise_cuda_common.programs.base import Programs
 from mortise_cuda_common.programs.language import Language
 from mortise_cuda_common.programs.memory import Pointer
 from mortise_cuda_common.programs.scalars import Int32, Int64
+from mortise_cuda_common.programs.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -59,4 +60,6 @@ def _passed(argument: Any) -> Any:
         return Pointer.of(argument)
     if isinstance(argument, int) and not isinstance(argument, bool):
         return Int32(argument) if -(2**31) <= argument < 2**31 else Int64(argument)
+    if isinstance(argument, float):
+        return Value(torch.tensor(argument, dtype=torch.float32), dtypes.float32)
     return argument

@@ -1,4 +1,4 @@
-"""The part of ``triton.language`` that Mortise's programs are written in, for one program at a time."""
+"""The part of ``triton.language`` that Mortise's programs are written in, for one program."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ class Language:
     split = staticmethod(blocks.split)
     interleave = staticmethod(blocks.interleave)
     cat = staticmethod(blocks.cat)
-    sum = staticmethod(blocks.sum)
+    sum = staticmethod(blocks.block_sum)
     cumsum = staticmethod(blocks.cumsum)
-    max = staticmethod(blocks.max)
-    min = staticmethod(blocks.min)
+    max = staticmethod(blocks.block_max)
+    min = staticmethod(blocks.block_min)
     argmax = staticmethod(blocks.argmax)
     argmin = staticmethod(blocks.argmin)
-    abs = staticmethod(blocks.abs)
+    abs = staticmethod(blocks.size_of)
     exp = staticmethod(blocks.exp)
     exp2 = staticmethod(blocks.exp2)
     log = staticmethod(blocks.log)
@@ -110,7 +110,7 @@ class Language:
         return value
 
     @staticmethod
-    def multiple_of(value: Any, values: Any) -> Any:
+    def multiple_of(value: Any, values: Any) -> Any:  # noqa: ARG004 - Triton's name
         """A hint for the compiler: the value itself."""
         return value
 

@@ -96,7 +96,8 @@ class Pointer:
     __radd__ = __add__
 
     def __sub__(self, further: Any) -> Pointer:
-        return self + -further
+        pointer: Pointer = self + -further
+        return pointer
 
     def __getitem__(self, key: Any) -> Pointer:
         if self.offsets is None:
@@ -112,7 +113,10 @@ class Pointer:
 
     def lanes(self) -> torch.Tensor:
         """The address of each lane."""
-        return self.offsets + self.base if self.base else self.offsets
+        if self.offsets is None:
+            return torch.tensor(self.base)
+        lanes: torch.Tensor = self.offsets + self.base if self.base else self.offsets
+        return lanes
 
 
 def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) -> Any:
@@ -128,6 +132,8 @@ def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) ->
         IndexError: a lane that is read lies outside of the tensor.
     """
     element = pointer.element
+    if mask is None and other is not None:
+        raise ValueError("`other` cannot be provided without `mask`")
     if pointer.offsets is None:
         return _load_one(pointer, mask, other)
     offsets = pointer.lanes()
@@ -159,7 +165,7 @@ def store(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> None:
     numbers = plain_value(value)
     if numbers.dtype is not element:
         numbers = plain_value(cast(numbers, element))
-    offsets, raw, there = _lanes_to_write(pointer, to_raw(numbers), mask)
+    offsets, raw = _lanes_to_write(pointer, to_raw(numbers), mask)
     if not offsets.numel():
         return
     _refuse(int(offsets.min()) < 0 or int(offsets.max()) >= pointer.memory.shape[0], pointer)
@@ -174,7 +180,7 @@ def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> 
     numbers = plain_value(cast(numbers, element)) if numbers.dtype is not element else numbers
     if element.is_float8 or element.is_widened:
         raise TypeError(f"{element} is not added in memory")
-    offsets, raw, _ = _lanes_to_write(pointer, to_raw(numbers), mask)
+    offsets, raw = _lanes_to_write(pointer, to_raw(numbers), mask)
     if offsets.numel():
         _refuse(int(offsets.min()) < 0 or int(offsets.max()) >= pointer.memory.shape[0], pointer)
         there = pointer.memory.view(element.kept_as)
@@ -212,6 +218,8 @@ def _gathered(memory: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 def _load_one(pointer: Pointer, mask: Any, other: Any) -> Any:
     element = pointer.element
+    if isinstance(mask, Value) and mask.data.dim():
+        raise ValueError("a block masks no single address")
     if mask is not None and not mask:
         raw = torch.as_tensor(_filling(element, other), dtype=pointer.memory.dtype)
         return result(from_raw(raw.reshape(()), element), element)
@@ -221,15 +229,19 @@ def _load_one(pointer: Pointer, mask: Any, other: Any) -> Any:
 
 def _lanes_to_write(
     pointer: Pointer, raw: torch.Tensor, mask: Any
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    offsets = pointer.lanes() if pointer.offsets is not None else torch.tensor(pointer.base)
-    if mask is None:
-        offsets, raw = torch.broadcast_tensors(offsets, raw)
-        return offsets.reshape(-1), raw.reshape(-1), None
-    offsets, raw, there = torch.broadcast_tensors(offsets, raw, plain_value(mask).data)
-    if bool(there.all()):
-        return offsets.reshape(-1), raw.reshape(-1), there
-    return offsets[there], raw[there], there
+) -> tuple[torch.Tensor, torch.Tensor]:
+    offsets = pointer.lanes()
+    there = None if mask is None else plain_value(mask).data
+    for further in (raw, there):
+        if further is not None and torch.broadcast_shapes(offsets.shape, further.shape) != (
+            offsets.shape
+        ):
+            raise ValueError(f"a block of {list(further.shape)} for {pointer.shape} addresses")
+    raw = raw.broadcast_to(offsets.shape)
+    if there is None or bool(there.all()):
+        return offsets.reshape(-1), raw.reshape(-1)
+    there = there.broadcast_to(offsets.shape)
+    return offsets[there], raw[there]
 
 
 def _refuse(outside: bool, pointer: Pointer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -74,7 +74,8 @@ def dot_scaled(
         rhs_format: as of the other.
         acc: what the product is added to, float32 ``[M, N]``.
         fast_math: allows a chip not to care for NaN.
-        lhs_k_pack, rhs_k_pack: whether two numbers of a byte are neighbours along K.
+        lhs_k_pack: whether two numbers of a byte are neighbours along K.
+        rhs_k_pack: likewise.
         out_dtype: float32.
     """
     left = _scaled(_decoded(lhs, lhs_format, packed_rows=not lhs_k_pack), lhs_scale)
@@ -139,14 +140,14 @@ def _scaled(numbers: torch.Tensor, scale: Value | None) -> torch.Tensor:
             f"{scale.shape}"
         )
     factors = scale.data.to(torch.float32) if is_e4m3 else _powers_of_two(scale)
-    return (numbers.unflatten(-1, (-1, group)) * factors.unsqueeze(-1)).flatten(-2)
+    blocks = numbers.reshape(*factors.shape, group)
+    return (blocks * factors.unsqueeze(-1)).flatten(-2)
 
 
 def _powers_of_two(scale: Value) -> torch.Tensor:
     """e8m0: 2 to the power of the byte less 127; 255 is NaN."""
     if scale.dtype not in {dtypes.uint8, dtypes.int8}:
         raise TypeError(f"scales are e8m0 in uint8 or e4m3, not {scale.dtype}")
-    data: Any = scale.data.contiguous().view(torch.uint8)
-    return torch.ldexp(torch.ones(()), data.to(torch.int32) - 127).masked_fill(
-        data == 255, float("nan")
-    )
+    data = scale.data.contiguous().view(torch.uint8)
+    powers = torch.ldexp(torch.ones(()), data.to(torch.int32) - 127)
+    return powers.masked_fill(data == 255, float("nan"))

@@ -45,7 +45,7 @@ class Value:
         return self.data.numel()
 
     @property
-    def T(self) -> Value:
+    def T(self) -> Value:  # noqa: N802 - Triton's name
         """The block ``[M, N]`` as ``[N, M]``."""
         return Value(self.data.mT, self.dtype)
 
@@ -146,10 +146,12 @@ class Value:
     def __invert__(self) -> Value:
         if self.dtype.form is Form.FLOAT:
             raise TypeError(f"{self.dtype} has no bits to turn")
-        return _fitting(torch.bitwise_not(self.data), self.dtype)
+        turned: Value = _fitting(torch.bitwise_not(self.data), self.dtype)
+        return turned
 
     def __neg__(self) -> Value:
-        return _fitting(torch.neg(self.data), self.dtype)
+        negative: Value = _fitting(torch.neg(self.data), self.dtype)
+        return negative
 
     def __lt__(self, other: Any) -> Any:
         return compared(torch.lt, self, other)
@@ -194,8 +196,7 @@ def value_of(number: Any, beside: Value) -> Value:
     """A number as one of the format that it takes on beside a value."""
     if isinstance(number, Value):
         return number
-    data, other, dtype = _operands(beside, number)
-    del data
+    _, other, dtype = _operands(beside, number)
     return Value(torch.as_tensor(other).to(dtype.kept_as), dtype)
 
 
