@@ -1,4 +1,4 @@
-"""What ``mortise doctor`` says of a run on NVIDIA GPUs: torch, Triton, and the vendor's libraries."""
+"""What ``mortise doctor`` says of a run on NVIDIA GPUs: torch, Triton, DeepGEMM, DeepEP."""
 
 from __future__ import annotations
 

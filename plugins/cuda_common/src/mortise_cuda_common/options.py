@@ -44,7 +44,7 @@ class CommonOptions(BaseModel):
     @property
     def wants_deep_gemm(self) -> bool:
         """Whether anything may be computed by DeepGEMM."""
-        return "triton" not in (self.runner, self.indexer) or self.demands_deep_gemm
+        return not self.runner == self.indexer == "triton"
 
     @property
     def demands_deep_gemm(self) -> bool:

@@ -12,7 +12,7 @@ from mortise_cuda_common.experts import prepare_expert_weights
 from mortise_cuda_common.indexer import Indexer
 from mortise_cuda_common.options import read_options
 from mortise_cuda_common.products.select import Products
-from mortise_cuda_common.warmup import warmup_jobs
+from mortise_cuda_common.warmup import launches
 from mortise_cuda_hopper import dispatch
 from mortise_cuda_hopper.capabilities import ARCHITECTURES, NAME, SCHEMES, capabilities_of
 from mortise_cuda_hopper.options import Options
@@ -94,8 +94,8 @@ class HopperBackend(Backend):
         return self._products.support_linear(request)
 
     def warmup(self, request: WarmupRequest) -> Sequence[WarmupJob]:
-        """Compile what the model will launch."""
-        return warmup_jobs(self._runtime, request, self._indexer)
+        """Compile what the model will launch; an emulated chip compiles nothing."""
+        return [] if self._runtime.emulated else launches(self, self._runtime.device, request)
 
     @hookimpl
     def resolve_dispatch_dtype(self, request: DispatchRequest) -> DispatchDecision:

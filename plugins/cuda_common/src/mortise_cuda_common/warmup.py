@@ -1,0 +1,208 @@
+"""What a loaded model will launch, launched once for every size that is compiled for itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from mortise.plugin import (
+    NOT_SUPPORTED,
+    ForwardMode,
+    IndexKeyDtype,
+    IndexKeyPages,
+    Routing,
+    TokenDispatcherRequest,
+    WarmupJob,
+)
+from mortise.reference.dispatch import create_token_dispatcher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mortise.plugin import (
+        Backend,
+        DispatchDecision,
+        DispatchedTokens,
+        ExpertWeights,
+        LinearWeight,
+        QKVShape,
+        TokenDispatcher,
+        WarmupRequest,
+    )
+
+PAGE_SIZE: Final = 64
+
+
+def sizes(most: int) -> tuple[int, ...]:
+    """Powers of two below ``most``, and ``most``: between two of them the same is compiled."""
+    return tuple(sorted({most, *(1 << power for power in range(most.bit_length()))} - {0}))
+
+
+def launches(backend: Backend, device: torch.device, request: WarmupRequest) -> list[WarmupJob]:
+    """One job for every hook, shape and size, each of which calls the hook with zeros.
+
+    A program is compiled for the dtypes and constants of its launch, and so is a kernel of
+    DeepGEMM; the numbers do not matter.
+
+    Args:
+        backend: whose hooks are called.
+        device: where tensors live.
+        request: what the model will ask.
+    """
+    found = _Launches(backend, device, request)
+    return [*found.experts(), *found.linears(), *found.indexer(), *found.splits()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Launches:
+    backend: Backend
+    device: torch.device
+    request: WarmupRequest
+
+    def experts(self) -> Iterator[WarmupJob]:
+        for experts in self.request.experts:
+            for decision in self.request.dispatch.get(experts.layer, ()):
+                for tokens in sizes(self.request.max_tokens):
+                    yield self._of_experts(experts, decision, tokens)
+
+    def _of_experts(
+        self, experts: ExpertWeights, decision: DispatchDecision, tokens: int
+    ) -> WarmupJob:
+        shape = (experts.num_local_experts, experts.hidden_size, experts.intermediate_size)
+        schemes = (experts.w13.scheme, experts.w2.scheme)
+        mode = decision.format.mode
+        name = " ".join(
+            [
+                f"experts {shape[0]} x {shape[1]} x {shape[2]},",
+                f"{schemes[0].value}, {decision.format.dtype.value} rows, {mode.value}:",
+                f"{tokens} tokens",
+            ]
+        )
+
+        def run() -> None:
+            arrived = self._arrived(experts, decision, tokens)
+            self._hook("quantized_moe_apply")(arrived, experts, self.request.compute_dtype)
+
+        return WarmupJob(
+            name=name, key=("experts", shape, schemes, decision.format, tokens), run=run
+        )
+
+    def _arrived(
+        self, experts: ExpertWeights, decision: DispatchDecision, tokens: int
+    ) -> DispatchedTokens:
+        """Zeros as they would arrive, each token at the first experts; from this process alone."""
+        chosen = min(self.request.num_experts_per_tok, experts.num_local_experts)
+        ask = TokenDispatcherRequest(
+            role=self.request.role,
+            layer=experts.layer,
+            num_experts=experts.num_local_experts,
+            num_experts_per_tok=chosen,
+            hidden_size=experts.hidden_size,
+            mode=decision.format.mode,
+            max_tokens_per_rank=tokens,
+            format=decision.format,
+        )
+        own = self._hook("create_token_dispatcher")(ask)
+        dispatcher: TokenDispatcher = create_token_dispatcher(ask) if own is NOT_SUPPORTED else own
+        ids = torch.arange(chosen, device=self.device).expand(tokens, -1).contiguous()
+        routing = Routing(topk_ids=ids, topk_weights=torch.ones(ids.shape, device=self.device))
+        arrived, handle = dispatcher.dispatch(
+            self._zeros(tokens, experts.hidden_size), routing, decision.format
+        )
+        if arrived.receive is not None:
+            arrived.receive()
+        rows = torch.zeros(
+            *arrived.rows.shape[:-1],
+            experts.hidden_size,
+            dtype=self.request.compute_dtype,
+            device=self.device,
+        )
+        dispatcher.combine(rows, handle)
+        return arrived
+
+    def linears(self) -> Iterator[WarmupJob]:
+        for linear in self.request.linears:
+            for tokens in sizes(self.request.max_tokens):
+                yield self._of_linear(linear, tokens)
+
+    def _of_linear(self, linear: LinearWeight, tokens: int) -> WarmupJob:
+        scheme, shape = linear.stored.scheme, (linear.out_features, linear.in_features)
+        biased = linear.bias is not None
+
+        def run() -> None:
+            rows = self._zeros(tokens, linear.in_features)
+            self._hook("quantized_linear")(rows, linear, self.request.compute_dtype)
+
+        return WarmupJob(
+            name=f"projection {shape[0]} x {shape[1]}, {scheme.value}: {tokens} tokens",
+            key=("linear", shape, scheme, biased, linear.stored.num_parts, tokens),
+            run=run,
+        )
+
+    def indexer(self) -> Iterator[WarmupJob]:
+        heads, dim = self.request.index_heads, self.request.index_head_dim
+        for rows in sizes(self.request.max_tokens) if heads else ():
+            yield WarmupJob(
+                name=f"index scores, {heads} heads of {dim}: {rows} rows",
+                key=("indexer", heads, dim, self.request.index_key_dtype, rows),
+                run=self._scoring(rows),
+            )
+
+    def _scoring(self, rows: int) -> Callable[[], None]:
+        heads, dim = self.request.index_heads, self.request.index_head_dim
+
+        def run() -> None:
+            lens = torch.ones(rows, 1, dtype=torch.int32, device=self.device)
+            workers = self.backend.capabilities().num_workers
+            metadata = self._hook("paged_mqa_metadata")(
+                lens, PAGE_SIZE, workers, ForwardMode.DECODE
+            )
+            self._hook("paged_mqa_logits")(
+                self._zeros(rows, 1, heads, dim),
+                self._keys(dim),
+                torch.zeros(rows, heads, device=self.device),
+                torch.zeros(rows, 1, dtype=torch.int32, device=self.device),
+                metadata,
+            )
+
+        return run
+
+    def _keys(self, dim: int) -> IndexKeyPages:
+        """One page of keys, laid out as the cache lays them out."""
+        if self.request.index_key_dtype is IndexKeyDtype.COMPUTE:
+            return IndexKeyPages(keys=self._zeros(1, PAGE_SIZE, dim))
+        block = torch.zeros(1, PAGE_SIZE * (dim + 4), dtype=torch.uint8, device=self.device)
+        keys = block[:, : PAGE_SIZE * dim].view(torch.float8_e4m3fn)
+        return IndexKeyPages(
+            keys=keys.unflatten(1, (PAGE_SIZE, dim)),
+            scales=block[:, PAGE_SIZE * dim :].view(torch.float32),
+        )
+
+    def splits(self) -> Iterator[WarmupJob]:
+        for shape in self.request.qkv_shapes:
+            for tokens in sizes(self.request.max_tokens):
+                yield self._of_split(shape, tokens)
+
+    def _of_split(self, shape: QKVShape, tokens: int) -> WarmupJob:
+        keys = shape.num_key_heads * shape.key_head_dim
+        values = shape.num_value_heads * shape.value_head_dim
+
+        def run() -> None:
+            qkvz = self._zeros(tokens, 2 * keys + 2 * values)
+            ba = self._zeros(tokens, 2 * shape.num_value_heads)
+            self._hook("qkv_split")(qkvz, ba, shape)
+
+        return WarmupJob(
+            name=f"split of {shape.num_key_heads}/{shape.num_value_heads} heads: {tokens} tokens",
+            key=("qkv", shape, tokens),
+            run=run,
+        )
+
+    def _hook(self, name: str) -> Callable[..., object]:
+        hook: Callable[..., object] = getattr(self.backend, name)
+        return hook
+
+    def _zeros(self, *size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=self.request.compute_dtype, device=self.device)
