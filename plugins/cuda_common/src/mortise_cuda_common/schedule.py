@@ -12,6 +12,7 @@ Sources: DeepGEMM 2.6.1, ``deep_gemm/include/deep_gemm/scheduler/sm90_paged_mqa_
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
@@ -153,8 +154,7 @@ def _one_past(entries: torch.Tensor, num_atoms: int) -> torch.Tensor:
 
 
 def _spans(schedule: torch.Tensor) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    entries = [(first, second) for first, second in schedule.tolist()]
-    return zip(entries, entries[1:], strict=False)
+    return pairwise((first, second) for first, second in schedule.tolist())
 
 
 def _never_ends(worker: int, cursor: tuple[int, int], end: tuple[int, int], rows: int) -> NoReturn:

@@ -18,13 +18,11 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
     page_table,
     schedule,
     logits,
-    num_rows,
     num_columns,
     page_stride,
     key_stride,
     scale_stride,
     table_stride,
-    logits_stride,
     TOKENS: tl.constexpr,
     ENTRY_TOKENS: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
@@ -43,21 +41,19 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
     schedule says: there is no cursor that has to meet an end.
 
     Args:
-        queries: pointer to contiguous ``[num_rows * TOKENS, HEADS, DIM]``, dtype of the keys.
+        queries: pointer to contiguous ``[rows * TOKENS, HEADS, DIM]``, dtype of the keys.
         keys: pointer to the first key of page 0.
         key_scales: pointer to the first float32 scale of page 0, where keys are quantised.
-        weights: pointer to contiguous float32 ``[num_rows * TOKENS, HEADS]``.
-        lens: pointer to contiguous int32 ``[num_rows, TOKENS]``; the last of a row counts.
+        weights: pointer to contiguous float32 ``[rows * TOKENS, HEADS]``.
+        lens: pointer to contiguous int32 ``[rows, TOKENS]``; the last of a row counts.
         page_table: pointer to int32 pages of each TABLE_ROWS rows of lengths.
         schedule: pointer to contiguous int32 ``[workers + 1, 2]``.
-        logits: pointer to float32 ``[num_rows * TOKENS, num_columns]``.
-        num_rows: rows of lengths.
+        logits: pointer to contiguous float32 ``[rows * TOKENS, num_columns]``.
         num_columns: columns of the result.
         page_stride: numbers from one page's keys to the next.
         key_stride: numbers from one key of a page to the next.
         scale_stride: numbers from one page's scales to the next.
         table_stride: numbers from one row of the page table to the next.
-        logits_stride: numbers from one row of the result to the next.
         TOKENS: queries of a row of lengths.
         ENTRY_TOKENS: what the first number of an entry is divided by for its row.
         TABLE_ROWS: rows of lengths that share a row of the page table.
@@ -76,8 +72,8 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
     first_split = tl.load(entry + 1)
     last_row = tl.load(entry + 2) // ENTRY_TOKENS
     last_split = tl.load(entry + 3)
-    # The end lies before (last_row, last_split): nothing of that row is done where it is 0.
-    end_row = tl.minimum(last_row + tl.where(last_split > 0, 1, 0), num_rows)
+    # The end lies before (last_row, last_split): nothing of that row is done where that is 0.
+    end_row = last_row + tl.where(last_split > 0, 1, 0)
 
     heads = tl.arange(0, HEAD_BLOCK)
     numbers = tl.arange(0, DIM_BLOCK)
@@ -87,9 +83,9 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
         length = tl.minimum(tl.load(lens + row * TOKENS + TOKENS - 1), num_columns)
         first = tl.where(row == first_row, first_split * SPLIT, 0)
         last = tl.where(row == last_row, tl.minimum(last_split * SPLIT, length), length)
-        pages = page_table + (row // TABLE_ROWS).to(tl.int64) * table_stride
+        pages = page_table + tl.cast(row // TABLE_ROWS, tl.int64) * table_stride
         for token in range(row * TOKENS, row * TOKENS + TOKENS):
-            position = token.to(tl.int64)
+            position = tl.cast(token, tl.int64)
             query = tl.load(queries + position * (HEADS * DIM) + places, mask=there, other=0.0)
             weight = tl.load(weights + position * HEADS + heads, mask=heads < HEADS, other=0.0)
             for start in range(first, last, BLOCK_KEYS):
@@ -107,4 +103,4 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
                 if QUANTISED:
                     scale = key_scales + page * scale_stride + columns % PAGE_SIZE
                     score = score * tl.load(scale, mask=seen, other=0.0)
-                tl.store(logits + position * logits_stride + columns, score, mask=seen)
+                tl.store(logits + position * num_columns + columns, score, mask=seen)
