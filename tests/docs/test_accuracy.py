@@ -55,11 +55,14 @@ def test_the_plot_shows_the_same_numbers() -> None:
         assert shown <= texts
 
 
-def test_the_page_shows_what_emulated_chips_make_of_the_schemes() -> None:
-    result = max((REPOSITORY / "benchmarks/results").glob("emulated-*.json"))
+@pytest.mark.parametrize("comparison", emulated.COMPARISONS.values(), ids=lambda one: one.name)
+def test_the_page_shows_what_emulated_chips_make_of_the_schemes(
+    comparison: emulated.Comparison,
+) -> None:
+    result = max((REPOSITORY / "benchmarks/results").glob(f"{comparison.name}-[0-9]*.json"))
     runs = json.loads(result.read_text(encoding="utf-8"))["runs"]
-    assert [run["device"] for run in runs] == list(emulated.RUNS)
-    assert [run["emulated"] for run in runs] == [False, True, True]
-    assert "\n".join(emulated.markdown(runs)) in PAGE
+    assert [run["device"] for run in runs] == list(comparison.runs)
+    assert [run["emulated"] for run in runs] == [False, *[True] * (len(runs) - 1)]
+    assert "\n".join(emulated.markdown(comparison, runs)) in PAGE
     assert result.name in PAGE
     assert f"{runs[0]['predicted_tokens']:,} tokens" in PAGE
