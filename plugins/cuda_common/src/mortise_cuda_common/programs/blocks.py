@@ -57,6 +57,8 @@ def cast(
     """The same numbers, or the same bits, in another format."""
     if isinstance(value, (int, float)) and not isinstance(value, Int32):
         return values.cast(plain_value(value), dtype) if bitcast else values.scalar(value, dtype)
+    if isinstance(value, Int32) and not bitcast:
+        return value.to(dtype)
     return value.to(dtype, bitcast=bitcast)
 
 
