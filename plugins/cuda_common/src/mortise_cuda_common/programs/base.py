@@ -16,7 +16,9 @@ class Programs(ABC):
     """Runs Triton programs: compiled for the chip, or on a CPU.
 
     A program is a plain function that calls nothing but ``tl``, the global name of its module for
-    the Triton language; whoever runs it puts its own in place.
+    the Triton language; whoever runs it puts its own in place. A number among its parameters is
+    compiled in no way, but for one whose name ends in ``stride``: Triton compiles the program once
+    for multiples of 16 and once for others, and again for 1.
     """
 
     __slots__ = ()
@@ -43,6 +45,26 @@ class Programs(ABC):
             num_stages: of its loops that are pipelined.
         """
 
+    @abstractmethod
+    def warm(
+        self,
+        source: Callable[..., None],
+        arguments: Sequence[Any],
+        constants: Mapping[str, int | float | bool],
+        *,
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ) -> None:
+        """Do before the first launch what a launch would wait for; threads may do it side by side.
+
+        Args:
+            source: the program.
+            arguments: as of :meth:`launch`, with its dtype instead of each tensor.
+            constants: as of :meth:`launch`.
+            num_warps: as of :meth:`launch`.
+            num_stages: as of :meth:`launch`.
+        """
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileCase:
@@ -59,7 +81,7 @@ class CompileCase:
         instructions: for each chip a regular expression that its PTX must match, the tensor-core
             instruction that was meant; chips that are missing have none.
         most_spilled_bytes: bytes of registers that may be spilled to memory.
-        divisible_by_16: parameters, pointers or numbers, that are multiples of 16, as a launch
+        divisible_by_16: parameters, pointers or strides, that are multiples of 16, as a launch
             would find out by itself; None is all pointers.
     """
 
