@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from tests.fixtures.paged_models import CPU, reference_context, reference_ops
+from tests.fixtures.paged_models import CPU, poison_index_keys, reference_context, reference_ops
 from tests.fixtures.tiny_models import YARN, tiny_transformers_model
 
 from mortise.kv.latent import LatentPool
@@ -215,10 +215,10 @@ def ours_scored(shape: Indexer, projected: IndexProjections) -> tuple[Array, lis
         dtype=torch.float32,
         device=CPU,
     )
-    pool.index_keys(0).fill_(torch.nan)
+    poison_index_keys(pool.index_keys.pages(0))
     layout = BatchLayout.build(ForwardMode.PREFILL, [NUM_TOKENS], [NUM_TOKENS], [[4, 1]], CPU)
     attention = PagedAttention(replace(ops, paged_mqa_logits=recorded), pool, layout, shape.topk)
-    pool.index_keys(0).view(-1, shape.head_dim)[attention.slots_T] = projected.key
+    pool.index_keys.write(0, attention.slots_T, projected.key)
     chosen_TK = attention._choose(0, projected)
     assert chosen_TK is not None
     sets = [{position for position in row if position >= 0} for row in chosen_TK.tolist()]

@@ -10,13 +10,16 @@ import torch
 from tests.fixtures.paged_models import PagedModel, Request, scattered_pages
 from tests.fixtures.tiny_models import save_tiny
 
+from mortise.spec.paged_mqa import IndexKeyDtype
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+FP8_KEYS = "sparse with float8 keys"
 MODELS: dict[str, dict[str, Any]] = {
     "sparse": {"num_hidden_layers": 2},
+    FP8_KEYS: {"num_hidden_layers": 2},
     "sparse with ties": {"num_hidden_layers": 2, "index_n_heads": 2},
     "dense": {"num_hidden_layers": 2, "model_type": "deepseek_v3"},
 }
@@ -27,7 +30,11 @@ AROUND_PAGE_ENDS = (1, 63, 64, 65, 128)
 @cache
 def loaded(name: str, root: Path) -> PagedModel:
     path = root / name.replace(" ", "_")
-    return PagedModel(save_tiny(path, tokenizer=False, **MODELS[name]), num_pages=16)
+    return PagedModel(
+        save_tiny(path, tokenizer=False, **MODELS[name]),
+        num_pages=16,
+        index_key_dtype=IndexKeyDtype.FP8_E4M3 if name == FP8_KEYS else IndexKeyDtype.COMPUTE,
+    )
 
 
 @pytest.fixture(scope="module")

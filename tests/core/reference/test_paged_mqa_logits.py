@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -110,6 +110,20 @@ def test_every_mode_computes_the_same(launch: Launch) -> None:
     expected = launch.run()
     for mode in ForwardMode:
         torch.testing.assert_close(launch.run(mode), expected, rtol=0, atol=0)
+
+
+@given(launches())
+def test_float8_keys_in_blocks_of_a_page_score_as_their_values(launch: Launch) -> None:
+    """Keys and scales are strided views of one block a page, as the cache has them."""
+    blocks = torch.zeros(PAGES, BLOCK * (DIM + 4), dtype=torch.uint8)
+    values = blocks[:, : BLOCK * DIM].unflatten(1, (BLOCK, DIM)).view(torch.float8_e4m3fn)
+    scales = blocks[:, BLOCK * DIM :].view(torch.float32)
+    values.copy_(launch.pages.keys)
+    scales.copy_(torch.rand(PAGES, BLOCK, generator=torch.Generator().manual_seed(0)))
+    got = replace(launch, pages=IndexKeyPages(keys=values, scales=scales)).run()
+    widened = IndexKeyPages(keys=values.float() * scales.unsqueeze(-1))
+    expected = replace(launch, pages=widened).run()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def launch_of(rows: int) -> Launch:

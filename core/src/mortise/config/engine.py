@@ -170,6 +170,12 @@ class EngineConfig(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="Type of the hidden state; `auto` is what the checkpoint says."
     )
+    index_key_dtype: Literal["auto", "compute", "fp8"] = Field(
+        default="auto",
+        description="How the cache holds the keys of the sparse-attention indexer: `compute` is the"
+        " type of the hidden state; `fp8` is float8 e4m3 with a scale a key, half of that memory;"
+        " `auto` is `compute` for float32 models, else what the backend prefers.",
+    )
     strict: bool = Field(
         default=False,
         description="Make it an error when a backend hands a hook over to the reference"

@@ -18,6 +18,7 @@ from mortise.engine.compute_dtype import decide_dtype
 from mortise.engine.default_sampling import default_sampling
 from mortise.engine.dispatch_modes import dispatch_modes
 from mortise.engine.dispatch_overrides import dispatch_overrides
+from mortise.engine.index_keys import decide_index_key_dtype
 from mortise.engine.joining import join_group
 from mortise.engine.materialise import materialise
 from mortise.engine.memory import memory_for, size_text
@@ -27,13 +28,14 @@ from mortise.kv.pages import PAGE_SIZE
 from mortise.layers.context import LayerContext
 from mortise.layers.stored_tensors import StoredTensors
 from mortise.models.registry import family_of
+from mortise.spec.paged_mqa import IndexKeyDtype
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ModelRole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from mortise.backends import BoundBackend
+    from mortise.backends import BoundBackend, Ops
     from mortise.checkpoint import LoadReport
     from mortise.config import ResolvedConfig
     from mortise.engine.sampling_params import SamplingParams
@@ -57,6 +59,7 @@ class LoadedModel:
         pool: its empty cache.
         bound: the backend that answers its hooks.
         dtype: of parameters and hidden state.
+        index_key_dtype: how the indexer's keys are cached, if it has one.
         threads: of one operation on the processor; None leaves torch's choice.
         group: the ranks that share its experts.
         modes: exchanges that its passes may use.
@@ -72,6 +75,7 @@ class LoadedModel:
     pool: CachePool
     bound: BoundBackend
     dtype: torch.dtype
+    index_key_dtype: IndexKeyDtype
     threads: int | None
     group: ExpertParallelGroup
     modes: tuple[DispatchMode, ...]
@@ -152,6 +156,7 @@ def _load_joined(
     dtype, dtype_decision = decide_dtype(
         resolved.config.dtype, resolved.origins["dtype"], facts.dtype, ops
     )
+    index_key_dtype, index_key_decisions = _index_keys(facts, resolved, dtype, ops)
     plan = QuantizationPlan.read(directory, tensors)
     context = LayerContext(
         ops=ops,
@@ -160,6 +165,7 @@ def _load_joined(
         modes=modes,
         group=group,
         max_tokens_per_rank=resolved.config.dispatch.max_tokens_per_rank,
+        index_key_dtype=index_key_dtype,
     )
     with torch.device("meta"):
         model = family.build(directory.config, context)
@@ -189,6 +195,7 @@ def _load_joined(
         pool=pool,
         bound=bound,
         dtype=dtype,
+        index_key_dtype=index_key_dtype,
         threads=threads,
         group=group,
         modes=modes,
@@ -198,6 +205,7 @@ def _load_joined(
             _model_decision(directory, facts),
             *bound.decisions,
             dtype_decision,
+            *index_key_decisions,
             threads_decision,
             *_skip_decisions(report),
             *_scheme_decisions(model),
@@ -234,6 +242,17 @@ def bind_backend(resolved: ResolvedConfig, launch: Launch | None = None) -> Boun
             remedy="use another backend",
         )
     return bound
+
+
+def _index_keys(
+    facts: ModelFacts, resolved: ResolvedConfig, dtype: torch.dtype, ops: Ops
+) -> tuple[IndexKeyDtype, tuple[Decision, ...]]:
+    if not facts.index_head_dim:
+        return IndexKeyDtype.COMPUTE, ()
+    chosen, decision = decide_index_key_dtype(
+        resolved.config.index_key_dtype, resolved.origins["index_key_dtype"], dtype, ops
+    )
+    return chosen, (decision,)
 
 
 def _counting(

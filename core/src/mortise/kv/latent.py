@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from mortise.kv.index_keys import IndexKeyCache
 from mortise.kv.pages import PAGE_SIZE
+from mortise.spec.paged_mqa import IndexKeyDtype
 
 
 class LatentPool:
@@ -15,6 +17,8 @@ class LatentPool:
         num_pages: pages per layer, shared by all requests.
         latent_dim: ``kv_lora_rank + qk_rope_head_dim``.
         index_dim: ``index_head_dim``, or None without an indexer.
+        index_key_dtype: how index keys are stored.
+        dtype: of the hidden state, and of latents.
     """
 
     def __init__(
@@ -26,28 +30,37 @@ class LatentPool:
         index_dim: int | None,
         dtype: torch.dtype,
         device: torch.device,
+        index_key_dtype: IndexKeyDtype = IndexKeyDtype.COMPUTE,
     ) -> None:
         self.num_pages = num_pages
         self.dtype = dtype
-
-        def pages(dim: int) -> torch.Tensor:
-            # Zeros, not garbage: rows that no token ever wrote are masked, and must be finite.
-            return torch.zeros(num_layers, num_pages, PAGE_SIZE, dim, dtype=dtype, device=device)
-
-        self._latents = pages(latent_dim)
-        self._index_keys = None if index_dim is None else pages(index_dim)
+        # Zeros, not garbage: rows that no token ever wrote are masked, and must be finite.
+        self._latents = torch.zeros(
+            num_layers, num_pages, PAGE_SIZE, latent_dim, dtype=dtype, device=device
+        )
+        self._index_keys = None
+        if index_dim is not None:
+            self._index_keys = IndexKeyCache(
+                num_layers=num_layers,
+                num_pages=num_pages,
+                dim=index_dim,
+                key_dtype=index_key_dtype,
+                dtype=dtype,
+                device=device,
+            )
 
     @property
     def num_bytes(self) -> int:
         """Memory of all pages."""
-        index = 0 if self._index_keys is None else self._index_keys.nbytes
+        index = 0 if self._index_keys is None else self._index_keys.num_bytes
         return self._latents.nbytes + index
 
     def latents(self, layer: int) -> torch.Tensor:
         """``[P, 64, latent_dim]`` of one layer."""
         return self._latents[layer]
 
-    def index_keys(self, layer: int) -> torch.Tensor:
-        """``[P, 64, index_dim]`` of one layer."""
+    @property
+    def index_keys(self) -> IndexKeyCache:
+        """The indexer's keys of every layer."""
         assert self._index_keys is not None, "this model has no indexer"
-        return self._index_keys[layer]
+        return self._index_keys

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mortise.checkpoint.quantization.module_scheme import SchemeLookup, Unquantised
 from mortise.parallel.group import ExpertParallelGroup
 from mortise.spec.dispatch import DispatchMode
+from mortise.spec.paged_mqa import IndexKeyDtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +29,7 @@ class LayerContext:
         modes: exchanges that passes of this run may use.
         group: the ranks that share the experts.
         max_tokens_per_rank: capacity of the low-latency exchange.
+        index_key_dtype: how the indexer's keys are cached.
     """
 
     ops: Ops
@@ -36,3 +38,4 @@ class LayerContext:
     modes: tuple[DispatchMode, ...] = (DispatchMode.NORMAL,)
     group: ExpertParallelGroup = field(default_factory=ExpertParallelGroup)
     max_tokens_per_rank: int = 0
+    index_key_dtype: IndexKeyDtype = IndexKeyDtype.COMPUTE

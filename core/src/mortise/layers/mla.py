@@ -75,8 +75,8 @@ class LightningIndexer(nn.Module):
 
     The first ``qk_rope_head_dim`` dimensions are rotated in halves (not interleaved), queries come
     from the latent query, keys are layer-normalised (DeepSeek-V3.2-Exp, ``inference/model.py``).
-    The Hadamard rotation of the original is orthogonal and changes no product; it is left to the
-    formats that quantise.
+    The Hadamard rotation of the original is orthogonal and changes no product; it is left to
+    caches that quantise.
     """
 
     def __init__(

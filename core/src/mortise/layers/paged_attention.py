@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from mortise.kv.pages import PAGE_SIZE
 from mortise.layers.index_selection import RowSpan, select_keys
 from mortise.spec.dispatch import DispatchMode
-from mortise.spec.paged_mqa import IndexKeyPages, PagedMQAMetadata
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from mortise.backends.ops import Ops
     from mortise.kv.latent import LatentPool
     from mortise.layers.mla import IndexProjections, MLAProjections, MLAttention
+    from mortise.spec.paged_mqa import PagedMQAMetadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +177,7 @@ class PagedAttention:
         pool, layer = self.pool, attention.layer
         _write(pool.latents(layer), self.slots_T, projections.latent)
         if projections.index is not None:
-            _write(pool.index_keys(layer), self.slots_T, projections.index.key)
+            pool.index_keys.write(layer, self.slots_T, projections.index.key)
         chosen_TK = self._choose(layer, projections.index)
         match self.layout.mode:
             case ForwardMode.PREFILL:
@@ -197,9 +197,10 @@ class PagedAttention:
         if index is None or self.metadata is None:
             return None
         assert self.index_topk is not None
+        keys = self.pool.index_keys
         logits_TC = self.ops.paged_mqa_logits(
-            index.query.unsqueeze(1),
-            IndexKeyPages(keys=self.pool.index_keys(layer)),
+            keys.turned(index.query).unsqueeze(1),
+            keys.pages(layer),
             index.weights,
             self.page_table_TP,
             self.metadata,

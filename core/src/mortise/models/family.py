@@ -22,7 +22,8 @@ class ModelFacts:
     """What the engine plans with.
 
     ``dtype`` is what the checkpoint says of itself (``torch_dtype``), None where it is silent.
-    ``num_experts`` and ``num_experts_per_tok`` are 0 of a model without experts.
+    ``num_experts`` and ``num_experts_per_tok`` are 0 of a model without experts,
+    ``index_num_heads`` and ``index_head_dim`` of one without an indexer.
     """
 
     architecture: str
@@ -33,6 +34,8 @@ class ModelFacts:
     hidden_size: int = 0
     num_experts: int = 0
     num_experts_per_tok: int = 0
+    index_num_heads: int = 0
+    index_head_dim: int = 0
 
 
 class CachePool(Protocol):

@@ -98,11 +98,18 @@ def _gather(key_pages: IndexKeyPages, table: torch.Tensor) -> torch.Tensor:
     """Keys float32 ``[..., C, D]`` of pages ``[..., P]``."""
     # Selecting whole pages copies them; indexing with two dimensions goes element by element.
     pages = table.flatten()
-    keys = key_pages.keys.index_select(0, pages).float()
+    keys = _selected(key_pages.keys, pages).float()
     if key_pages.scales is not None:
         keys = keys * key_pages.scales.index_select(0, pages).unsqueeze(-1)
     num_keys = table.shape[-1] * keys.shape[1]
     return keys.view(*table.shape[:-1], num_keys, keys.shape[-1])
+
+
+def _selected(pages_PSD: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    if pages_PSD.dtype is not torch.float8_e4m3fn:
+        return pages_PSD.index_select(0, places)
+    # As bytes: not every operator of torch takes float8.
+    return pages_PSD.view(torch.uint8).index_select(0, places).view(torch.float8_e4m3fn)
 
 
 def _score(query_RSD: torch.Tensor, keys: torch.Tensor, weights_RSN: torch.Tensor) -> torch.Tensor:

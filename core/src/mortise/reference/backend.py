@@ -12,6 +12,7 @@ from mortise.plugin import (
     Capabilities,
     ConfigError,
     DispatchDtype,
+    IndexKeyDtype,
     Support,
     WeightScheme,
     hookimpl,
@@ -61,6 +62,7 @@ class ReferenceBackend(Backend):
             compute_dtypes=COMPUTE_DTYPES,
             page_sizes=frozenset({PAGE_SIZE}),
             num_workers=num_workers,
+            index_key_dtypes=(IndexKeyDtype.COMPUTE, IndexKeyDtype.FP8_E4M3),
         )
 
     @classmethod

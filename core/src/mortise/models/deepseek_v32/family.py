@@ -37,6 +37,8 @@ class DeepseekV32Family:
             hidden_size=config.hidden_size,
             num_experts=config.n_routed_experts,
             num_experts_per_tok=config.num_experts_per_tok,
+            index_num_heads=config.index_n_heads or 0,
+            index_head_dim=config.index_head_dim or 0,
         )
 
     def build(self, raw: Mapping[str, object], context: LayerContext) -> CausalLM:

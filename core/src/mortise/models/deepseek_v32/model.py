@@ -137,6 +137,7 @@ class DeepseekV32ForCausalLM(nn.Module):
             index_dim=self.config.index_head_dim,
             dtype=dtype,
             device=device,
+            index_key_dtype=self.context.index_key_dtype,
         )
 
     def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedAttention:
