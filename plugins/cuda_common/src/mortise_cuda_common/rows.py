@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from mortise.plugin import ScaleFormat
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,3 +39,14 @@ class Rows:
     kind: Kind
     scales: torch.Tensor | None = None
     global_scale: float | None = None
+
+
+def scale_format_of(kind: Kind) -> ScaleFormat | None:
+    """What the scales of float8 rows are to be; None of rows of any other kind."""
+    match kind:
+        case Kind.FP8:
+            return ScaleFormat.FLOAT32
+        case Kind.FP8_UE8M0:
+            return ScaleFormat.UE8M0
+        case Kind.PLAIN | Kind.NVFP4:
+            return None

@@ -41,3 +41,11 @@ class Product(ABC):
             The rows, or None where no program does all of it for ``then``.
         """
         return None
+
+    def for_rows(self, groups: Groups) -> Product:
+        """The product itself, or the one of its ways to multiply that suits so many rows."""
+        return self
+
+    def row_multiple(self, groups: Groups) -> int:
+        """Every group must begin, and every slot of masked rows end, at a multiple of it."""
+        return 1
