@@ -80,7 +80,8 @@ def test_no_environment_variable_is_written() -> None:
 
 READING = {
     "core/src/mortise/env.py",
-    # What the vendor's own libraries read, so that it can be checked and told of.
+    # What the vendors' own libraries read, so that it can be checked and told of.
+    "plugins/cuda_common/src/mortise_cuda_common/environment.py",
     "plugins/npu_ascend/src/mortise_npu_ascend/environment.py",
 }
 
