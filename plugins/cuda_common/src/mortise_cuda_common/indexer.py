@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, assert_never
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
 from mortise.plugin import (
     ConfigError,
     ContractError,
-    ForwardMode,
     PagedMQABuffers,
     PagedMQAMetadata,
     ReasonCode,
@@ -21,16 +20,14 @@ from mortise_cuda_common.kernels import paged_mqa
 from mortise_cuda_common.schedule import sm90_schedule
 
 if TYPE_CHECKING:
-    from mortise.plugin import IndexKeyPages
+    from mortise.plugin import ForwardMode, IndexKeyPages
     from mortise_cuda_common.libraries.deep_gemm import DeepGEMM
     from mortise_cuda_common.programs.base import Programs
     from mortise_cuda_common.runtime import Runtime
 
-DEEP_GEMM_BLOCK: Final = 64
-"""Keys of a page that DeepGEMM takes on all chips."""
-
-DEEP_GEMM_DIMS: Final = (32, 64, 128)
-"""Sizes of a head that it takes."""
+MOST_PLANNED_ROWS: Final = 2**14
+"""Rows of lengths that DeepGEMM's planner holds in shared memory: 8 bytes each on SM100, 4 on SM90,
+of 227 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +48,8 @@ class Plan:
 class Indexer:
     """Plans and scores, by DeepGEMM or by a Triton program, with the same lengths in both.
 
-    Prefill is the Triton program's in any case: DeepGEMM's planner is compiled anew for every 32
-    rows more, and a prompt has thousands. So are keys that are not float8.
+    Passes of every mode take the same way, so that a row's scores do not depend on whether its
+    token was part of a prompt, decoded, or verified. Keys that are not float8 are the program's.
 
     Args:
         runtime: the chip and what computes on it.
@@ -82,7 +79,7 @@ class Indexer:
         """
         check_lens(context_lens, num_workers)
         rows, next_n = context_lens.shape
-        plan = self._plan(mode, next_n, block_size, num_workers)
+        plan = self._plan(rows, next_n, block_size, num_workers)
         with_spare = context_lens.new_ones(rows * next_n + 1)
         planned = with_spare[:-1].view(rows, next_n)
         planned.copy_(context_lens.clamp(min=1))
@@ -111,7 +108,7 @@ class Indexer:
         page_table: torch.Tensor,
         metadata: PagedMQAMetadata,
     ) -> torch.Tensor:
-        """Score cached keys; waits for nothing, and may be captured, unless keys are float32.
+        """Score cached keys; waits for nothing, and may be captured, unless queries are float32.
 
         Float32 queries are scored exactly. Float8 keys are multiplied by queries that are
         quantised for each row and head; those and bfloat16 keys are summed in float32.
@@ -130,7 +127,7 @@ class Indexer:
             return weights.new_empty(weights.shape[0], metadata.max_context_len)
         if query.dtype is torch.float32:
             return reference.paged_mqa_logits(query, key_pages, weights, page_table, metadata)
-        plan = self._plan(metadata.mode, metadata.next_n, metadata.block_size, metadata.num_workers)
+        plan = self._plan(metadata.rows, metadata.next_n, metadata.block_size, metadata.num_workers)
         deep_gemm = self._deep_gemm if plan.by_deep_gemm else None
         if deep_gemm is not None:
             why_not = _why_not(deep_gemm, launch)
@@ -139,41 +136,36 @@ class Indexer:
             self._refuse_if_demanded(why_not)
         return self._by_program(plan, launch)
 
-    def _plan(self, mode: ForwardMode, next_n: int, block_size: int, num_workers: int) -> Plan:
-        match mode:
-            case ForwardMode.PREFILL:
-                return Plan(by_deep_gemm=False)
-            case (
-                ForwardMode.DECODE
-                | ForwardMode.IDLE
-                | ForwardMode.TARGET_VERIFY
-                | ForwardMode.DRAFT_EXTEND
-            ):
-                return self._decode_plan(next_n, block_size, num_workers)
-            case _:
-                assert_never(mode)
-
-    def _decode_plan(self, next_n: int, block_size: int, num_workers: int) -> Plan:
-        deep_gemm, chip = self._deep_gemm, self._runtime.chip
+    def _plan(self, rows: int, next_n: int, block_size: int, num_workers: int) -> Plan:
+        deep_gemm = self._deep_gemm
         if deep_gemm is None:
             return Plan(by_deep_gemm=False)
-        if block_size != DEEP_GEMM_BLOCK or num_workers != chip.num_sms:
-            self._refuse_if_demanded(
-                f"it plans pages of {DEEP_GEMM_BLOCK} keys for the {chip.num_sms} multiprocessors "
-                f"of the {chip.name}, not of {block_size} keys for {num_workers}"
-            )
+        native = next_n <= deep_gemm.most_native_next_n
+        why_not = _why_not_planned(
+            deep_gemm, rows if native else rows * next_n, block_size, num_workers
+        )
+        if why_not:
+            self._refuse_if_demanded(why_not)
             return Plan(by_deep_gemm=False)
-        if next_n > deep_gemm.most_native_next_n:
+        if not native:
             return Plan(by_deep_gemm=True)
-        entry_tokens = next_n if chip.architecture.is_blackwell else 1
+        entry_tokens = next_n if self._runtime.chip.architecture.is_blackwell else 1
         return Plan(by_deep_gemm=True, tokens=next_n, entry_tokens=entry_tokens)
 
     def _schedule(
         self, plan: Plan, lens: torch.Tensor, block_size: int, num_workers: int
     ) -> torch.Tensor:
-        if plan.by_deep_gemm and self._deep_gemm is not None and lens.numel():
+        if not plan.by_deep_gemm or self._deep_gemm is None or not lens.numel():
+            return sm90_schedule(lens, num_workers)
+        if self._runtime.chip.architecture.is_blackwell:
             return self._deep_gemm.paged_mqa_metadata(lens, block_size, num_workers)
-        return sm90_schedule(lens, num_workers)
+        # Its planner for SM90 is compiled for every 32 rows more; here for powers of two. Rows
+        # without keys behind the others change nothing but where the last worker ends.
+        padded = lens.new_zeros(max(32, 1 << (len(lens) - 1).bit_length()), lens.shape[1])
+        padded[: len(lens)] = lens
+        schedule = self._deep_gemm.paged_mqa_metadata(padded, block_size, num_workers)
+        schedule[-1, 0] = len(lens) * ((lens.shape[1] + 1) // 2)
+        return schedule
 
     def _by_program(self, plan: Plan, launch: Launch) -> torch.Tensor:
         programs, weights = self._runtime.programs, launch.weights
@@ -230,6 +222,19 @@ def _by_deep_gemm(
     )
 
 
+def _why_not_planned(deep_gemm: DeepGEMM, rows: int, block_size: int, num_workers: int) -> str:
+    """Why DeepGEMM does not plan this; nothing if it does."""
+    if deep_gemm.no_paged_mqa:
+        return deep_gemm.no_paged_mqa
+    if block_size not in deep_gemm.block_sizes:
+        return f"pages of {block_size} keys are none of its {deep_gemm.block_sizes}"
+    if num_workers != deep_gemm.num_sms():
+        return f"it plans for {deep_gemm.num_sms()} workers, not for {num_workers}"
+    if rows > MOST_PLANNED_ROWS:
+        return f"{rows} rows do not fit in its planner's shared memory"
+    return ""
+
+
 def _why_not(deep_gemm: DeepGEMM, launch: Launch) -> str:
     """Why DeepGEMM does not take these queries and keys; nothing if it does."""
     heads, dim = launch.query.shape[2:]
@@ -238,10 +243,10 @@ def _why_not(deep_gemm: DeepGEMM, launch: Launch) -> str:
             f"they are cached as {launch.key_pages.keys.dtype}, and it takes float8 "
             "(index_key_dtype = 'fp8')"
         )
-    if _heads_for(deep_gemm, heads) is None or dim not in DEEP_GEMM_DIMS:
+    if _heads_for(deep_gemm, heads) is None or dim not in deep_gemm.head_dims:
         return (
             f"{heads} heads of {dim} numbers, and it takes up to {max(deep_gemm.head_counts)} of "
-            f"{', '.join(map(str, DEEP_GEMM_DIMS))}"
+            f"{', '.join(map(str, deep_gemm.head_dims))}"
         )
     return ""
 

@@ -24,8 +24,9 @@ COLUMN_MULTIPLE: Final = 64
 """Rows of scores are as many columns wide, so that they can be stored 16 bytes at a time."""
 
 BLOCK_KEYS: Final = 128
-NUM_WARPS: Final = 4
-NUM_STAGES: Final = 4
+NUM_WARPS: Final = 8
+NUM_STAGES: Final = 5
+"""Two of them are the pages' own way to the keys: 32 KiB of float8 keys are under way at a time."""
 
 
 def quantise_queries(
@@ -47,12 +48,16 @@ def quantise_queries(
     tokens, heads, dim = query_TND.shape
     values = query_TND.new_empty(tokens, num_heads, dim, dtype=torch.float8_e4m3fn)
     folded = weights_TN.new_empty(tokens, num_heads)
-    strides = (query_TND.stride(0), query_TND.stride(1), weights_TN.stride(0))
     programs.launch(
         paged_mqa_query_kernel,
         tokens,
-        (query_TND, weights_TN, values, folded, *strides),
-        _query_constants(heads, num_heads, dim),
+        (query_TND, weights_TN, values, folded),
+        {
+            "QUERY_STRIDE": query_TND.stride(0),
+            "HEAD_STRIDE": query_TND.stride(1),
+            "WEIGHT_STRIDE": weights_TN.stride(0),
+            **_query_constants(heads, num_heads, dim),
+        },
         num_warps=NUM_WARPS,
     )
     return values, folded
@@ -93,11 +98,12 @@ def score(
         (
             *(query_TND, keys, weights_TN if scales is None else scales, weights_TN),
             *(lens, page_table, schedule, logits),
-            logits.shape[1],
-            *(keys.stride(0), keys.stride(1), 0 if scales is None else scales.stride(0)),
-            page_table.stride(0),
+            *(logits.shape[1], page_table.stride(0)),
         ),
         {
+            "PAGE_STRIDE": keys.stride(0),
+            "KEY_STRIDE": keys.stride(1),
+            "SCALE_STRIDE": 0 if scales is None else scales.stride(0),
             "TOKENS": tokens,
             "ENTRY_TOKENS": entry_tokens,
             "TABLE_ROWS": rows // page_table.shape[0],
@@ -152,16 +158,19 @@ def _case(keys: str, heads: int, dim: int, tokens: int = 1) -> CompileCase:
         "schedule": "*i32",
         "logits": "*fp32",
     }
-    strides = ("num_columns", "page_stride", "key_stride", "scale_stride")
+    block = 64
     return CompileCase(
         name=f"index scores of {heads} heads x {dim} over {keys} keys, {tokens} tokens a row",
         source=paged_mqa_kernel,
-        signature={**pointers, **dict.fromkeys((*strides, "table_stride"), "i32")},
+        signature={**pointers, "num_columns": "i32", "table_stride": "i32"},
         constants={
+            "PAGE_STRIDE": block * (dim + 4) if is_quantised else block * dim,
+            "KEY_STRIDE": dim,
+            "SCALE_STRIDE": block * (dim + 4) // 4 if is_quantised else 0,
             "TOKENS": tokens,
             "ENTRY_TOKENS": 1,
             "TABLE_ROWS": 1,
-            "PAGE_SIZE": 64,
+            "PAGE_SIZE": block,
             **_constants(heads, dim, is_quantised=is_quantised),
         },
         architectures=tuple(Architecture),
@@ -174,7 +183,6 @@ def _case(keys: str, heads: int, dim: int, tokens: int = 1) -> CompileCase:
                 Architecture.SM103: tcgen05,
             }
         ),
-        divisible_by_16=(*pointers, *strides),
     )
 
 
@@ -183,14 +191,15 @@ def _query_case(heads: int, num_heads: int, dim: int) -> CompileCase:
     return CompileCase(
         name=f"quantised index queries of {heads} heads x {dim}, padded to {num_heads}",
         source=paged_mqa_query_kernel,
-        signature={
-            **pointers,
-            **dict.fromkeys(("query_stride", "head_stride", "weight_stride"), "i32"),
+        signature=pointers,
+        constants={
+            "QUERY_STRIDE": heads * dim,
+            "HEAD_STRIDE": dim,
+            "WEIGHT_STRIDE": heads,
+            **_query_constants(heads, num_heads, dim),
         },
-        constants=_query_constants(heads, num_heads, dim),
         architectures=tuple(Architecture),
         num_warps=NUM_WARPS,
-        divisible_by_16=(*pointers, "query_stride", "head_stride"),
     )
 
 

@@ -19,10 +19,10 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
     schedule,
     logits,
     num_columns,
-    page_stride,
-    key_stride,
-    scale_stride,
     table_stride,
+    PAGE_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
     TOKENS: tl.constexpr,
     ENTRY_TOKENS: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
@@ -50,10 +50,11 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
         schedule: pointer to contiguous int32 ``[workers + 1, 2]``.
         logits: pointer to contiguous float32 ``[rows * TOKENS, num_columns]``.
         num_columns: columns of the result.
-        page_stride: numbers from one page's keys to the next.
-        key_stride: numbers from one key of a page to the next.
-        scale_stride: numbers from one page's scales to the next.
         table_stride: numbers from one row of the page table to the next.
+        PAGE_STRIDE: numbers from one page's keys to the next; with KEY_STRIDE constant, as only
+            then does the compiler know that keys can be loaded 16 bytes at a time.
+        KEY_STRIDE: numbers from one key of a page to the next.
+        SCALE_STRIDE: numbers from one page's scales to the next.
         TOKENS: queries of a row of lengths.
         ENTRY_TOKENS: what the first number of an entry is divided by for its row.
         TABLE_ROWS: rows of lengths that share a row of the page table.
@@ -92,7 +93,7 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
                 columns = start + tl.arange(0, BLOCK_KEYS)
                 seen = columns < last
                 page = tl.load(pages + columns // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
-                key = keys + page * page_stride + (columns % PAGE_SIZE) * key_stride
+                key = keys + page * PAGE_STRIDE + (columns % PAGE_SIZE) * KEY_STRIDE
                 key = tl.load(
                     key[:, None] + numbers[None, :],
                     mask=seen[:, None] & (numbers[None, :] < DIM),
@@ -101,6 +102,6 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
                 product = tl.dot(key, tl.trans(query))
                 score = tl.sum(tl.maximum(product, 0.0) * weight[None, :], axis=1)
                 if QUANTISED:
-                    scale = key_scales + page * scale_stride + columns % PAGE_SIZE
+                    scale = key_scales + page * SCALE_STRIDE + columns % PAGE_SIZE
                     score = score * tl.load(scale, mask=seen, other=0.0)
                 tl.store(logits + position * num_columns + columns, score, mask=seen)

@@ -14,9 +14,9 @@ def paged_mqa_query_kernel(  # type: ignore[no-untyped-def]
     weights,
     values,
     folded,
-    query_stride,
-    head_stride,
-    weight_stride,
+    QUERY_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
     SMALLEST_AMAX: tl.constexpr,
     HEADS: tl.constexpr,
     PADDED_HEADS: tl.constexpr,
@@ -34,9 +34,9 @@ def paged_mqa_query_kernel(  # type: ignore[no-untyped-def]
         weights: pointer to float32 ``[T, HEADS]``.
         values: pointer to contiguous e4m3 ``[T, PADDED_HEADS, DIM]``.
         folded: pointer to contiguous float32 ``[T, PADDED_HEADS]``.
-        query_stride: numbers from one query to the next.
-        head_stride: numbers from one head to the next.
-        weight_stride: numbers from one row of weights to the next.
+        QUERY_STRIDE: numbers from one query to the next.
+        HEAD_STRIDE: numbers from one head to the next.
+        WEIGHT_STRIDE: numbers from one row of weights to the next.
         SMALLEST_AMAX: amax of heads of zeros, or nearly so.
         HEADS: of a query.
         PADDED_HEADS: of a result.
@@ -49,7 +49,7 @@ def paged_mqa_query_kernel(  # type: ignore[no-untyped-def]
     numbers = tl.arange(0, DIM_BLOCK)
     inside = numbers[None, :] < DIM
     there = (heads[:, None] < HEADS) & inside
-    source = queries + token * query_stride + heads[:, None] * head_stride + numbers[None, :]
+    source = queries + token * QUERY_STRIDE + heads[:, None] * HEAD_STRIDE + numbers[None, :]
     query = tl.load(source, mask=there, other=0.0).to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(query), axis=1), SMALLEST_AMAX), 448.0)
     scaled = query * tl.div_rn(1.0, scale)[:, None]
@@ -57,5 +57,5 @@ def paged_mqa_query_kernel(  # type: ignore[no-untyped-def]
     target = values + token * (PADDED_HEADS * DIM) + heads[:, None] * DIM + numbers[None, :]
     padded = heads < PADDED_HEADS
     tl.store(target, scaled.to(tl.float8e4nv), mask=padded[:, None] & inside)
-    weight = tl.load(weights + token * weight_stride + heads, mask=heads < HEADS, other=0.0)
+    weight = tl.load(weights + token * WEIGHT_STRIDE + heads, mask=heads < HEADS, other=0.0)
     tl.store(folded + token * PADDED_HEADS + heads, weight * scale, mask=padded)
