@@ -61,6 +61,7 @@ def permute(
     num_local_experts: int,
     alignment: int,
     scale_format: ScaleFormat | None,
+    capacity: int | None = None,
 ) -> Permuted:
     """Give each choice of a local expert a row, and quantise it on the way if asked to.
 
@@ -74,12 +75,17 @@ def permute(
         alignment: every group begins at a multiple of it.
         scale_format: of rows that are quantised, bit for bit as ``mortise.formats.fp8``; None
             moves them as they are.
+        capacity: makes rows masked: each group has a slot of so many rows, which no expert's may
+            exceed.
     """
     hidden_TH = hidden_TH if hidden_TH.stride(-1) == 1 else hidden_TH.contiguous()
     topk_ids_TK = topk_ids_TK.contiguous()
     (num_tokens, width), num_choices = hidden_TH.shape, topk_ids_TK.shape[1]
     device = hidden_TH.device
-    num_rows = most_rows(topk_ids_TK.numel(), num_local_experts, alignment)
+    if capacity is None:
+        num_rows = most_rows(topk_ids_TK.numel(), num_local_experts, alignment)
+    else:
+        num_rows = num_local_experts * capacity
     counts, ranks_TK = _rank(programs, topk_ids_TK, num_local_experts)
     # Programs write them, but for no tokens there are none.
     allocate = torch.empty if num_tokens else torch.zeros
@@ -105,11 +111,21 @@ def permute(
             hidden_TH.stride(0),
             0 if scales is None else scales.stride(1),
         ),
-        _permute_constants(width, num_choices, num_local_experts, alignment, scale_format),
+        _permute_constants(
+            width, num_choices, num_local_experts, alignment, scale_format, capacity or 0
+        ),
         num_warps=NUM_WARPS,
         num_stages=1,
     )
-    groups = Groups(first_rows=first_rows, counts=counts, num_rows=num_rows, alignment=alignment)
+    if not num_tokens and capacity is not None:
+        first_rows = torch.arange(num_local_experts, dtype=torch.int32, device=device) * capacity
+    groups = Groups(
+        first_rows=first_rows,
+        counts=counts,
+        num_rows=num_rows,
+        alignment=alignment,
+        capacity=capacity,
+    )
     rows = Rows(values=out_RH, kind=kind_of(scale_format), scales=scales)
     return Permuted(rows=rows, groups=groups, row_of_TK=row_of_TK)
 
@@ -176,6 +192,7 @@ def _permute_constants(
     num_groups: int,
     alignment: int,
     scale_format: ScaleFormat | None,
+    capacity: int = 0,
 ) -> Constants:
     return {
         "WIDTH": width,
@@ -183,6 +200,7 @@ def _permute_constants(
         "CHOICE_BLOCK": power_of_two(num_choices),
         **group_constants(num_groups),
         "ALIGNMENT": alignment,
+        "CAPACITY": capacity,
         "QUANTISED": scale_format is not None,
         "POWERS_OF_TWO": scale_format is ScaleFormat.UE8M0,
         "COLUMN_GROUPS": _column_groups(width),
@@ -195,9 +213,10 @@ def _unpermute_constants(width: int, num_choices: int) -> dict[str, int]:
     return {"WIDTH": width, "CHOICES": num_choices, "COLUMNS": columns}
 
 
-def _permute_case(width: int, scale_format: ScaleFormat | None) -> CompileCase:
+def _permute_case(width: int, scale_format: ScaleFormat | None, capacity: int = 0) -> CompileCase:
+    where = f" in slots of {capacity}" if capacity else ""
     return CompileCase(
-        name=f"tokens of {width} columns to {kind_of(scale_format).value} rows",
+        name=f"tokens of {width} columns to {kind_of(scale_format).value} rows{where}",
         source=permute_program,
         signature={
             "hidden": "*bf16",
@@ -206,9 +225,9 @@ def _permute_case(width: int, scale_format: ScaleFormat | None) -> CompileCase:
             "out": "*bf16" if scale_format is None else "*fp8e4nv",
             "out_scales": "*bf16" if scale_format is None else "*fp32",
             "row_stride": "i32",
-            "out_scale_stride": "i32",
+            "out_scale_step": "i32",
         },
-        constants=_permute_constants(width, 8, 256, GROUP, scale_format),
+        constants=_permute_constants(width, 8, 256, GROUP, scale_format, capacity),
         architectures=tuple(Architecture),
         num_warps=NUM_WARPS,
         num_stages=1,
@@ -250,6 +269,7 @@ CASES: Final = (
     *(_permute_case(7168, scale_format) for scale_format in (None, ScaleFormat.FLOAT32)),
     _permute_case(7168, ScaleFormat.UE8M0),
     _permute_case(1000, ScaleFormat.UE8M0),
+    _permute_case(7168, ScaleFormat.FLOAT32, 128),
     _unpermute_case(7168),
     _unpermute_case(1000),
 )

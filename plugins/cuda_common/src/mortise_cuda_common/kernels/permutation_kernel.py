@@ -52,13 +52,14 @@ def permute_program(  # type: ignore[no-untyped-def]
     out,
     out_scales,
     row_stride,
-    out_scale_stride,
+    out_scale_step,
     WIDTH: tl.constexpr,
     CHOICES: tl.constexpr,
     CHOICE_BLOCK: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    CAPACITY: tl.constexpr,
     QUANTISED: tl.constexpr,
     POWERS_OF_TWO: tl.constexpr,
     COLUMN_GROUPS: tl.constexpr,
@@ -79,13 +80,14 @@ def permute_program(  # type: ignore[no-untyped-def]
         out: pointer to ``[R, WIDTH]``, contiguous; e4m3 where it is quantised.
         out_scales: pointer to float32, one for a row and 128 columns, column after column.
         row_stride: from one token to the next.
-        out_scale_stride: from one column of ``out_scales`` to the next.
+        out_scale_step: from one column of ``out_scales`` to the next.
         WIDTH: columns of the result.
         CHOICES: experts of a token.
         CHOICE_BLOCK: a power of two, at least CHOICES.
         NUM_GROUPS: E.
         GROUP_BLOCK: a power of two, at least E.
         ALIGNMENT: every group begins at a multiple of it.
+        CAPACITY: rows of each group's slot where rows are masked, else 0.
         QUANTISED: to e4m3, as ``mortise.formats.fp8``.
         POWERS_OF_TWO: whether the scales are.
         COLUMN_GROUPS: groups of columns of a program, a power of two.
@@ -97,8 +99,11 @@ def permute_program(  # type: ignore[no-untyped-def]
 
     group_ids = tl.arange(0, GROUP_BLOCK)
     counts_G = tl.load(counts + group_ids, mask=group_ids < NUM_GROUPS, other=0)
-    padded_G = (counts_G + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    first_G = tl.cumsum(padded_G, 0) - padded_G
+    if CAPACITY > 0:
+        first_G = group_ids * CAPACITY
+    else:
+        padded_G = (counts_G + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+        first_G = tl.cumsum(padded_G, 0) - padded_G
     if tl.program_id(0) == 0:
         tl.store(first_rows + group_ids, first_G, mask=group_ids < NUM_GROUPS)
 
@@ -140,7 +145,7 @@ def permute_program(  # type: ignore[no-untyped-def]
         is_local = tl.sum((is_choice & is_local_C).to(tl.int32), 0) != 0
         tl.store(out + row * WIDTH + offs_AN, values_AN, mask=inside_AN & is_local)
         if QUANTISED:
-            scale_ptrs = out_scales + offs_A.to(tl.int64) * out_scale_stride + row
+            scale_ptrs = out_scales + offs_A.to(tl.int64) * out_scale_step + row
             tl.store(scale_ptrs, scale_A, mask=(offs_A * COLUMNS < WIDTH) & is_local)
 
 

@@ -1,0 +1,1 @@
+"""Exchanges of rows through DeepEP's buffers."""
