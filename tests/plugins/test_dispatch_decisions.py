@@ -89,7 +89,8 @@ ROWS = by_name("""
     blackwell   grouped_aligned   128         masked        1
 """)
 
-# 4. The scales of each format; "*" is what the expert method wants, ordinarily float32.
+# 4. The scales of each format; "*" is what the expert method wants, ordinarily float32, but on a
+# device whose tensor cores multiply by powers of two alone it is ue8m0.
 SCALES = by_name("""
     format   where                              what
     fp32     none                               -
@@ -98,6 +99,8 @@ SCALES = by_name("""
     int8     per_token                          float32
     nvfp4    per_16_elements_with_global_scale  e4m3
 """)
+
+POWERS_OF_TWO = frozenset({"blackwell"})
 
 # 5. Experts, and what they accept.
 EXPERTS = lines("""
@@ -298,6 +301,8 @@ def expected_outcome(case: Case, device: str, asked: str, rule: str) -> tuple[ob
     dtype = sent(asked, device)
     where, what = SCALES[dtype]
     wanted = "float32" if case.scale_format == "-" else case.scale_format
+    if device in POWERS_OF_TWO:
+        wanted = "ue8m0"
     low_latency = case.mode is DispatchMode.LOW_LATENCY
     row_layout, alignment = ROWS[device][2:] if low_latency else ROWS[device][:2]
     return (

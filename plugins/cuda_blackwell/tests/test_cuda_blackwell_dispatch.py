@@ -13,6 +13,7 @@ from mortise.plugin import (
     DispatchRequest,
     ModelRole,
     RowLayout,
+    ScaleFormat,
     WeightScheme,
 )
 from mortise_cuda_blackwell.dispatch import resolve_dispatch_dtype
@@ -61,3 +62,23 @@ def test_nvfp4_is_sent_with_its_global_scale() -> None:
 def test_a_float32_model_is_not_rounded() -> None:
     request = replace(REQUEST, requested=DispatchDtype.FP32, compute_dtype=torch.float32)
     assert resolve_dispatch_dtype(request).format.dtype is DispatchDtype.FP32
+
+
+@pytest.mark.parametrize("asked", [None, ScaleFormat.FLOAT32, ScaleFormat.UE8M0])
+def test_fp8_rows_are_scaled_by_powers_of_two(asked: ScaleFormat | None) -> None:
+    decision = resolve_dispatch_dtype(replace(REQUEST, scale_format=asked))
+    assert decision.format.scale_format is ScaleFormat.UE8M0
+    assert decision.reason.startswith("nobody asks; Blackwell sends it by default")
+    changed = "; Blackwell scales fp8 rows by powers of two" in decision.reason
+    assert changed is (asked is not ScaleFormat.UE8M0)
+
+
+def test_other_rows_keep_their_scales() -> None:
+    nvfp4 = resolve_dispatch_dtype(replace(REQUEST, input_global_scale=0.5))
+    assert nvfp4.format.scale_format is ScaleFormat.E4M3
+    bf16 = resolve_dispatch_dtype(replace(REQUEST, requested=DispatchDtype.BF16))
+    assert bf16.format.scale_format is None
+
+
+def test_groups_are_padded_as_the_product_wants_them() -> None:
+    assert resolve_dispatch_dtype(REQUEST, 32).format.alignment == 32

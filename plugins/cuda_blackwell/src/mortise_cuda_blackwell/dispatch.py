@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -13,6 +14,7 @@ from mortise.plugin import (
     DispatchRequest,
     Exact,
     RowLayout,
+    ScaleFormat,
     Substitute,
     decide_by_authority,
 )
@@ -42,11 +44,28 @@ POLICY: Final = DispatchPolicy(
 )
 
 
-def resolve_dispatch_dtype(request: DispatchRequest) -> DispatchDecision:
+def resolve_dispatch_dtype(
+    request: DispatchRequest, alignment: int = POLICY.alignment
+) -> DispatchDecision:
     """Keep to the order of authority; when nobody asks, rows travel as fp8.
+
+    The scales of fp8 rows are powers of two whatever the weights' are: the tensor cores multiply by
+    no others, and no product here cares.
+
+    Args:
+        request: of the layer.
+        alignment: rows to which groups are padded, as the product that takes them wants it.
 
     Raises:
         ConfigError: the user's override cannot be sent, or not consumed by the layer's experts.
         BackendUnusableError: the same of a format that the user did not ask for.
     """
-    return decide_by_authority(request, POLICY)
+    decision = decide_by_authority(request, replace(POLICY, alignment=alignment))
+    rows = decision.format
+    if rows.dtype is not DispatchDtype.FP8_E4M3 or rows.scale_format is ScaleFormat.UE8M0:
+        return decision
+    return replace(
+        decision,
+        format=replace(rows, scale_format=ScaleFormat.UE8M0),
+        reason=f"{decision.reason}; {POLICY.device} scales fp8 rows by powers of two",
+    )

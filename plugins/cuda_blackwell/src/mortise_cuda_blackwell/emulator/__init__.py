@@ -1,0 +1,1 @@
+"""The vendor libraries' functions for fp4 on a CPU."""
