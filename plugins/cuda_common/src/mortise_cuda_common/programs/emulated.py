@@ -45,12 +45,33 @@ class EmulatedPrograms(Programs):
         """
         if not 0 <= grid <= MOST_PROGRAMS:
             raise ValueError(f"a grid has up to {MOST_PROGRAMS} programs, not {grid}")
+        self._run(source, range(grid), grid, arguments, constants)
+
+    def run_one(
+        self,
+        source: Callable[..., None],
+        place: int,
+        grid: int,
+        arguments: Sequence[Any],
+        constants: Mapping[str, int | float | bool],
+    ) -> None:
+        """Run only the program at one place of a grid, which may be too large to run all of it."""
+        self._run(source, range(place, place + 1), grid, arguments, constants)
+
+    def _run(
+        self,
+        source: Callable[..., None],
+        places: range,
+        grid: int,
+        arguments: Sequence[Any],
+        constants: Mapping[str, int | float | bool],
+    ) -> None:
         passed = [_passed(one) for one in arguments]
         # Bounds of a loop that are a program's numbers give numbers of the same width.
         names = {**source.__globals__, "range": blocks.loop}
         program = FunctionType(source.__code__, names, source.__name__, source.__defaults__)
         with torch.no_grad():
-            for place in range(grid):
+            for place in places:
                 names["tl"] = Language(place, grid)
                 program(*passed, **constants)
 

@@ -1,0 +1,266 @@
+"""Projections of any size are split exactly, by the program that is compiled for the chip."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plugins.cuda_common.tests.interpreted import interpret, needs_triton
+
+from mortise.plugin import QKVLayout, QKVParts, QKVShape
+from mortise.reference.qkv import qkv_split
+from mortise_cuda_common import qkv
+from mortise_cuda_common.chip import EMULATED, Architecture
+from mortise_cuda_common.kernels.qkv_kernel import split_kernel
+from mortise_cuda_common.kernels.qkv_plan import NUM_WARPS, split_plan, value_columns
+from mortise_cuda_common.programs.emulated import EmulatedPrograms
+from mortise_cuda_common.runtime import Runtime
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RUNTIME = Runtime(
+    chip=EMULATED[Architecture.SM90],
+    device=torch.device("cpu"),
+    emulated=True,
+    programs=EmulatedPrograms(),
+)
+RATIOS = (1, 2, 3, 4, 8, 16)
+QWEN3_NEXT = QKVShape(
+    num_key_heads=16,
+    num_value_heads=32,
+    key_head_dim=128,
+    value_head_dim=128,
+    layout=QKVLayout.INTERLEAVED,
+)
+
+
+def shape(key_heads: int, ratio: int, key_dim: int, value_dim: int, layout: QKVLayout) -> QKVShape:
+    return QKVShape(
+        num_key_heads=key_heads,
+        num_value_heads=key_heads * ratio,
+        key_head_dim=key_dim,
+        value_head_dim=value_dim,
+        layout=layout,
+    )
+
+
+def widths(of: QKVShape) -> tuple[int, int]:
+    keys, values = of.num_key_heads * of.key_head_dim, of.num_value_heads * of.value_head_dim
+    return 2 * keys + 2 * values, 2 * of.num_value_heads
+
+
+def projections(
+    of: QKVShape, tokens: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers among which hardly two are equal."""
+    wide, narrow = widths(of)
+    generator = torch.Generator().manual_seed(tokens)
+    return (
+        torch.randn(tokens, wide, generator=generator).to(dtype),
+        torch.randn(tokens, narrow, generator=generator).to(dtype),
+    )
+
+
+def parts_of(parts: QKVParts) -> tuple[torch.Tensor, ...]:
+    return parts.mixed_qkv, parts.z, parts.b, parts.a
+
+
+def check(found: QKVParts, qkvz: torch.Tensor, ba: torch.Tensor, of: QKVShape) -> None:
+    for part, wanted in zip(parts_of(found), parts_of(qkv_split(qkvz, ba, of)), strict=True):
+        assert part.dtype is wanted.dtype
+        assert part.is_contiguous()
+        for one in (qkvz, ba):
+            assert not part.numel() or part.untyped_storage().data_ptr() != (
+                one.untyped_storage().data_ptr()
+            )
+        assert torch.equal(part, wanted)
+
+
+shapes = st.builds(
+    shape,
+    st.integers(1, 4),
+    st.sampled_from(RATIOS),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from(QKVLayout),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 70), st.sampled_from(sorted(qkv.DTYPES, key=str)))
+def test_the_program_splits_every_shape(of: QKVShape, tokens: int, dtype: torch.dtype) -> None:
+    inputs = projections(of, tokens, dtype)
+    check(qkv.split(RUNTIME, *inputs, of), *inputs, of)
+
+
+@pytest.mark.parametrize("layout", QKVLayout)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_heads_as_wide_as_models_have_them(layout: QKVLayout, ratio: int, key_heads: int) -> None:
+    of = shape(key_heads, ratio, 128, 128, layout)
+    inputs = projections(of, 11, torch.bfloat16)
+    check(qkv.split(RUNTIME, *inputs, of), *inputs, of)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_interleaved_layout_is_transformers(tokens: int) -> None:
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    for ratio in (1, 2, 3, 8):
+        of = shape(2, ratio, 16, 8, QKVLayout.INTERLEAVED)
+        qkvz, ba = projections(of, tokens)
+        layer = SimpleNamespace(
+            num_k_heads=of.num_key_heads,
+            num_v_heads=of.num_value_heads,
+            head_k_dim=of.key_head_dim,
+            head_v_dim=of.value_head_dim,
+        )
+        reorder = Qwen3NextGatedDeltaNet.fix_query_key_value_ordering
+        query, key, value, z, b, a = reorder(layer, qkvz.unsqueeze(0), ba.unsqueeze(0))
+        mixed = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
+        found = parts_of(qkv.split(RUNTIME, qkvz, ba, of))
+        for part, wanted in zip(found, (mixed, z, b, a), strict=True):
+            assert torch.equal(part, wanted.squeeze(0))
+
+
+@pytest.mark.parametrize("layout", QKVLayout)
+@pytest.mark.parametrize("tokens", [70_000, 200_000])
+def test_long_prompts(layout: QKVLayout, tokens: int) -> None:
+    """A grid with tokens on another axis would end at 65,535 of them."""
+    of = shape(2, 2, 2, 2, layout)
+    inputs = projections(of, tokens)
+    check(qkv.split(RUNTIME, *inputs, of), *inputs, of)
+
+
+def test_rows_that_lie_apart_and_columns_that_do() -> None:
+    of = shape(2, 3, 3, 5, QKVLayout.INTERLEAVED)
+    qkvz, ba = projections(of, 40)
+    fused = torch.cat([qkvz, torch.full((40, 7), torch.nan), ba], dim=1)
+    apart = fused[:, : qkvz.shape[1]], fused[:, -ba.shape[1] :]
+    check(qkv.split(RUNTIME, *apart, of), qkvz, ba, of)
+    columns = qkvz.T.contiguous().T
+    check(qkv.split(RUNTIME, columns, ba, of), qkvz, ba, of)
+    same = qkvz[:1].expand(40, -1)
+    check(qkv.split(RUNTIME, same, ba, of), same, ba, of)
+
+
+def test_b_and_a_of_another_format_and_formats_that_are_left_to_torch() -> None:
+    of = shape(2, 2, 4, 4, QKVLayout.CONTIGUOUS)
+    qkvz, ba = projections(of, 9)
+    check(qkv.split(RUNTIME, qkvz.bfloat16(), ba, of), qkvz.bfloat16(), ba, of)
+    check(qkv.split(RUNTIME, qkvz.double(), ba, of), qkvz.double(), ba, of)
+
+
+def sparse(path: Path, numbers: int) -> torch.Tensor:
+    """Numbers in a file of which only what is written takes room."""
+    return torch.from_file(str(path), shared=True, size=numbers, dtype=torch.bfloat16)
+
+
+def test_offsets_that_32_bits_do_not_reach(tmp_path: Path) -> None:
+    """The last three tokens of eleven million, whose rows are read and written further than that.
+
+    Only their program is run.
+    """
+    of = shape(1, 1, 64, 64, QKVLayout.INTERLEAVED)
+    plan = split_plan(of, torch.bfloat16.itemsize)
+    rows = {"qkvz": 256, "ba": 2, "mixed": 192, "z": 64, "b": 1, "a": 1}
+    block = 2**31 // rows["mixed"] // plan.constants["BLOCK_TOKENS"] + 1
+    first = block * plan.constants["BLOCK_TOKENS"]
+    assert first * rows["mixed"] >= 2**31
+    memory = {name: sparse(tmp_path / name, (first + 3) * row) for name, row in rows.items()}
+    qkvz, ba = projections(of, 3, torch.bfloat16)
+    memory["qkvz"][-qkvz.numel() :] = qkvz.flatten()
+    memory["ba"][-ba.numel() :] = ba.flatten()
+    EmulatedPrograms().run_one(
+        split_kernel,
+        block,
+        plan.programs(first + 3),
+        [*memory.values(), first + 3, rows["qkvz"], rows["ba"]],
+        plan.constants,
+    )
+    found = QKVParts(
+        mixed_qkv=memory["mixed"][-3 * 192 :].view(3, 192),
+        z=memory["z"][-3 * 64 :].view(3, 1, 64),
+        b=memory["b"][-3:].view(3, 1),
+        a=memory["a"][-3:].view(3, 1),
+    )
+    check(found, qkvz, ba, of)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.builds(
+        shape,
+        st.integers(1, 64),
+        st.integers(1, 16),
+        st.integers(1, 256),
+        st.integers(1, 256),
+        st.sampled_from(QKVLayout),
+    ),
+    st.sampled_from((2, 4)),
+    st.integers(0, 2_000_000),
+)
+def test_every_block_is_one_that_triton_takes(of: QKVShape, itemsize: int, tokens: int) -> None:
+    plan = split_plan(of, itemsize)
+    for name in ("BLOCK_TOKENS", "KEY_BLOCK", "VALUE_BLOCK", "HEAD_BLOCK"):
+        assert plan.constants[name].bit_count() == 1
+    assert plan.constants["KEY_BLOCK"] >= of.key_head_dim
+    assert plan.constants["HEAD_BLOCK"] >= of.num_value_heads
+    blocks = plan.programs(tokens) // of.num_key_heads
+    assert (blocks - 1) * plan.constants["BLOCK_TOKENS"] < max(1, tokens)
+    assert blocks * plan.constants["BLOCK_TOKENS"] >= tokens
+    assert plan.programs(tokens) < 2**31
+
+
+def test_blocks_of_models_leave_nothing_over() -> None:
+    plan = split_plan(QWEN3_NEXT, 2)
+    assert (plan.constants["BLOCK_TOKENS"], plan.constants["VALUE_BLOCK"]) == (8, 256)
+    assert [value_columns(ratio * 128) for ratio in RATIOS] == [128, 256, 128, 512, 1024, 1024]
+    assert value_columns(300) == 512
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", QKVLayout)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (3, 3, 5, 3, 70), (2, 2, 8, 6, 33)])
+def test_tritons_own_interpreter_agrees(layout: QKVLayout, sizes: tuple[int, ...]) -> None:
+    *heads, tokens = sizes
+    of = shape(heads[0], heads[1], heads[2], heads[3], layout)
+    inputs = projections(of, tokens)
+    found = qkv_split(*inputs, of)
+    for part in parts_of(found):
+        part.fill_(torch.nan)
+    plan = split_plan(of, 4)
+    interpret(
+        split_kernel,
+        plan.programs(tokens),
+        [*inputs, *parts_of(found), tokens, *(one.stride(0) for one in inputs)],
+        plan.constants,
+    )
+    check(found, *inputs, of)
+
+
+def test_warming_asks_for_what_a_launch_does() -> None:
+    """Otherwise the first prompt would wait for the compiler."""
+    asked: list[tuple[object, ...]] = []
+
+    class Recording(EmulatedPrograms):
+        def warm(self, source, arguments, constants, *, num_warps=4, num_stages=3):  # type: ignore[no-untyped-def]
+            asked.append((source, arguments, dict(constants), num_warps, num_stages))
+
+        def launch(self, source, grid, arguments, constants, *, num_warps=4, num_stages=3):  # type: ignore[no-untyped-def]
+            kinds = [one.dtype if isinstance(one, torch.Tensor) else one for one in arguments]
+            asked.append((source, kinds, dict(constants), num_warps, num_stages))
+
+    runtime = Runtime(chip=RUNTIME.chip, device=RUNTIME.device, emulated=True, programs=Recording())
+    qkv.warm(runtime.programs, QWEN3_NEXT, torch.bfloat16)
+    qkv.split(runtime, *projections(QWEN3_NEXT, 1, torch.bfloat16), QWEN3_NEXT)
+    warmed, launched = asked
+    assert warmed == launched
+    assert warmed[3] == NUM_WARPS
+    qkv.warm(runtime.programs, QWEN3_NEXT, torch.float64)
+    assert len(asked) == 2
