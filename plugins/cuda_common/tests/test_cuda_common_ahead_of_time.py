@@ -1,0 +1,53 @@
+"""Every program is compiled for every chip that it is for, on a machine without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from plugins.cuda_common.tests.ahead_of_time import cases, check_compiled, on_every_chip
+from plugins.cuda_common.tests.interpreted import needs_triton
+
+from mortise_cuda_common import kernels
+from mortise_cuda_common.chip import Architecture
+from mortise_cuda_common.kernels.qkv_plan import CASES as QKV_CASES
+from mortise_cuda_common.programs.ahead import compile_ahead
+
+if TYPE_CHECKING:
+    from mortise_cuda_common.programs.base import CompileCase
+
+pytestmark = needs_triton
+
+
+@pytest.mark.parametrize(("case", "chip"), on_every_chip(kernels))
+def test_a_program_is_compiled_to_what_was_meant(case: CompileCase, chip: Architecture) -> None:
+    check_compiled(case, chip)
+
+
+def test_cases_have_names_of_their_own() -> None:
+    names = [case.name for case in cases(kernels)]
+    assert len(names) == len(set(names))
+    assert {case.name for case in QKV_CASES} <= set(names)
+
+
+@pytest.mark.parametrize("chip", Architecture)
+def test_every_chip_is_compiled_for_with_all_of_its_instructions(chip: Architecture) -> None:
+    """Those of tensor cores are in the sets whose names end in a."""
+    compiled = compile_ahead(QKV_CASES[0], chip)
+    assert f".target {chip}a" in compiled.ptx
+    assert 0 < compiled.registers <= 255
+    assert compiled.shared_bytes == compiled.spilled_bytes == 0
+
+
+def test_a_case_that_asks_for_too_much_is_found_out() -> None:
+    case, chip = QKV_CASES[0], Architecture.SM90
+    with pytest.raises(AssertionError, match="no tcgen05 in its PTX"):
+        check_compiled(replace(case, instructions={chip: "tcgen05"}), chip)
+    signature = {name: kind for name, kind in case.signature.items() if name != "num_tokens"}
+    with pytest.raises(ValueError, match=r"\['num_tokens'\] are parameters of the case or of"):
+        compile_ahead(replace(case, signature=signature), chip)
+    # A block of so many numbers for each thread cannot be kept in its registers.
+    greedy = {**case.constants, "BLOCK_TOKENS": 256}
+    with pytest.raises(AssertionError, match="spilled"):
+        check_compiled(replace(case, constants=greedy), chip)
