@@ -16,7 +16,11 @@ from mortise_cuda_common.libraries.deep_gemm_health import (
     require_installed,
 )
 from mortise_cuda_common.libraries.deep_gemm_names import resolve
-from mortise_cuda_common.libraries.deep_gemm_scales import pack_row_scales, require_powers_of_two
+from mortise_cuda_common.libraries.deep_gemm_scales import (
+    dense_strides,
+    pack_row_scales,
+    require_powers_of_two,
+)
 from mortise_cuda_common.libraries.deep_gemm_smoke import require_right_products
 
 if TYPE_CHECKING:
@@ -176,7 +180,7 @@ class DeepGEMM:
                 expected=f"{wanted[0]} x {wanted[1]}, one for each block of {BLOCK} x {BLOCK}",
             )
         if not self.packs_scales:
-            return scale.contiguous()
+            return dense_strides(scale.contiguous())
         require_powers_of_two(scale)
         groups = scale.shape[0] if scale.dim() == 3 else None
         packed: torch.Tensor = self.resolved.functions.transform_scales(
@@ -254,8 +258,8 @@ class DeepGEMM:
         self._require_bf16(out.dtype)
         if out.numel():
             a = (rows.values, self._scales_of(rows))
-            functions = self.resolved.functions
-            functions.fp8_contiguous(a, (weight, weight_scale), out, row_experts)
+            b = (dense_strides(weight), weight_scale)
+            self.resolved.functions.fp8_contiguous(a, b, out, row_experts)
 
     def fp8_masked(
         self,
@@ -283,9 +287,9 @@ class DeepGEMM:
         """
         self._require_bf16(out.dtype)
         self._require_slots(values)
-        a = (values, self.prepare_row_scales(scales))
-        functions = self.resolved.functions
-        functions.fp8_masked(a, (weight, weight_scale), out, counts, max(1, expected))
+        a = (dense_strides(values), self.prepare_row_scales(scales))
+        b = (dense_strides(weight), weight_scale)
+        self.resolved.functions.fp8_masked(a, b, dense_strides(out), counts, max(1, expected))
 
     def bf16_contiguous(
         self,
@@ -297,7 +301,7 @@ class DeepGEMM:
         """As :meth:`fp8_contiguous`, of bfloat16 ``[R, K]`` and ``[E, N, K]`` without scales."""
         self._require_bf16(out.dtype)
         if out.numel():
-            self.resolved.functions.bf16_contiguous(rows, weight, out, row_experts)
+            self.resolved.functions.bf16_contiguous(rows, dense_strides(weight), out, row_experts)
 
     def bf16_masked(
         self,
@@ -310,7 +314,8 @@ class DeepGEMM:
         """As :meth:`fp8_masked`, of bfloat16 ``[E, C, K]`` and ``[E, N, K]`` without scales."""
         self._require_bf16(out.dtype)
         self._require_slots(values)
-        self.resolved.functions.bf16_masked(values, weight, out, counts, max(1, expected))
+        a, b, d = dense_strides(values), dense_strides(weight), dense_strides(out)
+        self.resolved.functions.bf16_masked(a, b, d, counts, max(1, expected))
 
     # ---- scores of the indexer
 

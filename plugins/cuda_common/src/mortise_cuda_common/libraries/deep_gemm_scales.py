@@ -1,4 +1,4 @@
-"""Scales of powers of two in the bytes and strides that DeepGEMM reads on Blackwell."""
+"""The bytes and strides that DeepGEMM reads tensors in, where torch's own would not do."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def pack_row_scales(scales: torch.Tensor) -> torch.Tensor:
     )
     packed.copy_(exponents.view(torch.int32))
     return packed if scales.dim() == 3 else packed.squeeze(0)
+
+
+def dense_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, under the strides that follow from the shape.
+
+    Torch takes a tensor for contiguous whatever the stride of a dimension of 1 is; the library
+    compares that stride too, as with the weight of a single expert.
+    """
+    if not tensor.is_contiguous():
+        return tensor
+    strides, step = [], 1
+    for size in reversed(tensor.shape):
+        strides.append(step)
+        step *= size
+    wanted = tuple(reversed(strides))
+    return tensor if tensor.stride() == wanted else tensor.as_strided(tensor.shape, wanted)
 
 
 def require_powers_of_two(scale: torch.Tensor) -> None:

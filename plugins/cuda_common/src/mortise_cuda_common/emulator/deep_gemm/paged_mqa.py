@@ -87,7 +87,7 @@ def paged_logits(
     logits = poisoned((batch * next_n, columns), torch.float32)[:, :max_context_len]
     lens = context_lens.tolist()
     last = [row[-1] for row in lens]
-    for task in _tasks(state, schedule_meta, last, next_n):
+    for task in _tasks(state, schedule_meta, last, next_n, heads):
         start = task.first_split * SPLIT
         stop = min(start + task.num_splits * SPLIT, last[task.request], max_context_len)
         if stop <= start:
@@ -137,7 +137,9 @@ def _require_schedule(state: State, schedule: torch.Tensor) -> None:
     require_dtype(schedule, torch.int32)
 
 
-def _tasks(state: State, schedule: torch.Tensor, lens: list[int], next_n: int) -> list[Task]:
+def _tasks(
+    state: State, schedule: torch.Tensor, lens: list[int], next_n: int, heads: int
+) -> list[Task]:
     """What all multiprocessors compute; whether each of them ends is known before any writes."""
     entries = [(first, second) for first, second in schedule.tolist()]
     tasks: list[Task] = []
@@ -145,7 +147,7 @@ def _tasks(state: State, schedule: torch.Tensor, lens: list[int], next_n: int) -
         if state.is_sm90:
             tasks += sm90_walk(entries, lens, num_atoms(next_n), sm)
         else:
-            tasks += sm100_walk(entries, lens, next_n, sm)
+            tasks += sm100_walk(entries, lens, next_n, heads, sm)
     return tasks
 
 

@@ -18,6 +18,12 @@ BLOCK: Final = 64
 
 BLOCKS_OF_SPLIT: Final = SPLIT // BLOCK
 
+TILE_ROWS: Final = 128
+"""Query rows times heads of one tile on SM100."""
+
+SPLITS_OF_CHUNK: Final = 16
+"""Splits that SM100 goes through for one tile of query rows before it turns to the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -67,17 +73,19 @@ def sm90_walk(entries: Sequence[Entry], lens: Sequence[int], atoms: int, sm: int
 
 
 def sm100_walk(
-    entries: Sequence[Entry], lens: Sequence[int], next_n: int, sm: int
+    entries: Sequence[Entry], lens: Sequence[int], next_n: int, heads: int, sm: int
 ) -> Iterator[Task]:
     """What one multiprocessor of SM100 computes, request by request.
 
     It stops within the request of the next entry. Where it begins behind the last split of its own
-    request, what is left is a negative number of splits, which it takes for 4 billion.
+    request, what is left is a negative number of splits, which it takes for 4 billion; where the
+    query rows take several tiles it takes 16 of them and goes on.
 
     Args:
         entries: the schedule.
         lens: the length of each request at the launch.
         next_n: query rows of a request.
+        heads: of a query row.
         sm: which multiprocessor.
 
     Raises:
@@ -86,14 +94,15 @@ def sm100_walk(
     (row, split), end = entries[sm], entries[sm + 1]
     if row >= len(lens) * next_n or (row == end[0] and split >= end[1]):
         return
+    has_one_tile = next_n * heads <= TILE_ROWS
     for request in range(row // next_n, len(lens)):
         is_last = request * next_n == end[0]
         stop = end[1] if is_last else num_splits(lens[request])
         if is_last and stop == 0 and request * next_n != row:
             return
-        if stop < split:
+        if stop < split and has_one_tile:
             raise _endless(sm, end)
-        yield Task(request, split, stop - split)
+        yield Task(request, split, stop - split if stop >= split else SPLITS_OF_CHUNK)
         split = 0
         if is_last:
             return
