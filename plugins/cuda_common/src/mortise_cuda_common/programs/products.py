@@ -149,5 +149,5 @@ def _powers_of_two(scale: Value) -> torch.Tensor:
     if scale.dtype not in {dtypes.uint8, dtypes.int8}:
         raise TypeError(f"scales are e8m0 in uint8 or e4m3, not {scale.dtype}")
     data = scale.data.contiguous().view(torch.uint8)
-    powers = torch.ldexp(torch.ones(()), data.to(torch.int32) - 127)
+    powers = torch.ldexp(torch.ones(data.shape), data.to(torch.int32) - 127)
     return powers.masked_fill(data == 255, float("nan"))
