@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mortise.cli import eval_schemes
+from mortise.reference.backend import ReferenceBackend
+from mortise.spec.warmup import WarmupJob
 from tests.cli.command_line import mortise
 from tests.docs.pages import DOCS
 
@@ -73,6 +75,13 @@ def test_a_failure() -> None:
 )
 def test_a_verb(builtin: Path, section: str, arguments: list[str]) -> None:
     assert_documented(section, mortise(*arguments, "--json").document)
+
+
+@pytest.mark.usefixtures("builtin")
+def test_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = WarmupJob(name="a kernel", key=1, run=lambda: None)
+    monkeypatch.setattr(ReferenceBackend, "warmup", lambda _self, _request: [job])
+    assert_documented("warmup", mortise("warmup", "--json").document)
 
 
 def test_eval(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,7 @@ def test_no_verb_of_the_program_writes(tiny_model: Path, tmp_path: Path) -> None
         "explain": ["--json", *model],
         "eval": [str(own), *model],
         "quantize": [str(tmp_path / "quantised"), "--scheme", "fp8-block", *model],
+        "warmup": model,
         "backends": [],
         "doctor": [],
     }

@@ -8,6 +8,7 @@
     |   |-- BackendNotFoundError    no backend of that name is installed
     |   |-- BackendConflictError    two distributions claim one name
     |   |-- BackendUnusableError    found, but it cannot serve here: versions, import, device
+    |   |-- WarmupError             what it compiles before a model runs could not be compiled
     |   `-- ContractError           its code does not keep the contract of the hooks
     |       `-- StaleScheduleError  a kernel was launched with a schedule made for other lengths
     |-- ModelError                  a model directory
@@ -104,6 +105,10 @@ class BackendConflictError(BackendError):
 
 class BackendUnusableError(BackendError):
     """The named backend is installed but cannot serve here."""
+
+
+class WarmupError(BackendError):
+    """Something that a backend compiles before a model runs could not be compiled."""
 
 
 class ContractError(BackendError):

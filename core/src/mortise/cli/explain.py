@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 def explain(as_json: bool, **options: Any) -> None:
     """Show what a run with these options would do, and why.
 
-    The backend is bound and the model is loaded as for `mortise generate`; nothing is generated.
+    The backend is bound and the model is loaded as for `mortise generate`; nothing is compiled or
+    generated.
     Shown are the configuration with the origin of every value, who answers each hook, and every
     decision with its rule and reason.
     """
     from mortise.cli.session import load_llm
 
-    llm = load_llm(resolve_options(options))
+    llm = load_llm(resolve_options(options), warm_up=False)
     if as_json:
         print_json(_document(llm))
         return

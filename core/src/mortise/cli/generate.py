@@ -139,6 +139,7 @@ def _document(llm: LLM, completions: list[Completion]) -> dict[str, Any]:
         dtype=str(loaded.dtype).removeprefix("torch."),
         fallbacks=[decision.subject for decision in loaded.bound.fallbacks],
         load_seconds=loaded.seconds,
+        warmup_seconds=llm.warmup_seconds,
         completions=[_completion(completion) for completion in completions],
     )
 

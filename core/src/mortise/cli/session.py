@@ -21,18 +21,22 @@ if TYPE_CHECKING:
 
     from mortise.config import ResolvedConfig
     from mortise.engine.llm import LLM
+    from mortise.engine.warmup import WarmupReport
 
 PATIENCE_SECONDS = 0.5
 """Work that takes no longer shows no bar."""
 
 
-def load_llm(resolved: ResolvedConfig, told: set[str] | None = None) -> LLM:
+def load_llm(
+    resolved: ResolvedConfig, told: set[str] | None = None, *, warm_up: bool = True
+) -> LLM:
     """Load the model and tell what was warned of, and which hooks the reference answers instead.
 
     Args:
         resolved: the configuration.
         told: warnings that a reader has had already, of models loaded before; they are not
             repeated, and what is told now is added.
+        warm_up: compile what the backend compiles; the model is not returned before that is done.
     """
     from mortise.engine.llm import LLM
 
@@ -40,14 +44,27 @@ def load_llm(resolved: ResolvedConfig, told: set[str] | None = None) -> LLM:
         warnings.catch_warnings(record=True) as warned,
         progress_bar("loading", is_bytes=True) as advance,
     ):
-        llm = LLM(resolved, progress=advance, launch=own_launch())
+        llm = LLM(resolved, progress=advance, launch=own_launch(), warm_up=False)
     click.get_current_context().with_resource(llm)
     told = set() if told is None else told
     for text in (*(str(warning.message) for warning in warned), *_news(llm)):
         if text not in told:
             show_warning(text)
             told.add(text)
+    if warm_up:
+        warm(llm)
     return llm
+
+
+def warm(llm: LLM, *, ahead: bool = False) -> WarmupReport:
+    """Compile what the backend compiles for the model, with a bar of its own."""
+    try:
+        with progress_bar("warming up") as advance:
+            return llm.warm_up(advance, ahead=ahead)
+    except BaseException as error:
+        # The others would wait for a process that is not coming.
+        llm.close(error)
+        raise
 
 
 def _news(llm: LLM) -> Iterator[str]:

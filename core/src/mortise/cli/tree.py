@@ -11,6 +11,7 @@ from mortise.cli.explain import explain
 from mortise.cli.generate import generate
 from mortise.cli.group import BoundaryGroup
 from mortise.cli.quantize import quantize
+from mortise.cli.warmup import warmup
 
 
 @click.group(
@@ -39,3 +40,4 @@ mortise.add_command(explain)
 mortise.add_command(doctor)
 mortise.add_command(evaluate)
 mortise.add_command(quantize)
+mortise.add_command(warmup)

@@ -186,6 +186,11 @@ class EngineConfig(Section):
         description="Threads of one operation on the processor; unset is one for a small model,"
         " else torch's choice.",
     )
+    warmup_threads: PositiveInt | None = Field(
+        default=None,
+        description="How much is compiled at a time before the engine is ready, where the backend"
+        " compiles; unset is one job for each processor.",
+    )
     backend_options: BackendOptions = Field(
         default_factory=FrozenTable,
         description="A table for each backend, by name; its keys are the backend's own and the"

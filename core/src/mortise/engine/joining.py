@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mortise.env import Launch
     from mortise.spec.capabilities import Capabilities
 
-OWN_AFFAIRS: Final = frozenset({"model", "threads", "device"})
+OWN_AFFAIRS: Final = frozenset({"model", "threads", "warmup_threads", "device"})
 """Keys of the configuration that may differ: each machine has its own paths and processors."""
 
 

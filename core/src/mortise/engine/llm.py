@@ -11,6 +11,7 @@ from mortise.engine.generation import Delivery, Generation
 from mortise.engine.loading import load_model
 from mortise.engine.prompts import Prompt, prompts_of, sampling_of, token_ids_of
 from mortise.engine.shared_generation import generate_shared
+from mortise.engine.warmup import run_jobs, warmup_decision, warmup_jobs
 from mortise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mortise.engine.events import Completion
     from mortise.engine.loading import LoadedModel, LoadProgress
     from mortise.engine.sampling_params import SamplingParams
+    from mortise.engine.warmup import WarmupProgress, WarmupReport
     from mortise.env import Launch
     from mortise.parallel.group import ExpertParallelGroup
 
@@ -51,10 +53,13 @@ class LLM:
         launch: this process's place among several that share the model's experts
             (``mortise.env.read_launch``); each makes its own ``LLM``, and all make the same calls.
             None is this process alone.
+        warm_up: compile now what the backend compiles for this model; False leaves it to
+            :meth:`warm_up`, or to the first tokens, which then wait for it.
         fields: fields of :class:`EngineConfig`, instead of ``config``.
 
     Raises:
         MortiseError: the configuration, the backend, the model directory or its weights are wrong.
+        WarmupError: something could not be compiled.
         ParallelError: the processes do not fit together, or one of them died.
     """
 
@@ -64,6 +69,7 @@ class LLM:
         *,
         progress: LoadProgress | None = None,
         launch: Launch | None = None,
+        warm_up: bool = True,
         **fields: Any,
     ) -> None:
         if config is not None and fields:
@@ -82,6 +88,37 @@ class LLM:
         )
         self._engine = Engine(self._loaded, self._tokenizer, config.config)
         self._delivery = Delivery(self._engine)
+        self._warmed: WarmupReport | None = None
+        try:
+            self._jobs = warmup_jobs(self._loaded, config.config)
+            if warm_up:
+                self.warm_up()
+        except BaseException as error:
+            # The others would wait for a process that is not coming.
+            self.close(error)
+            raise
+
+    def warm_up(
+        self, progress: WarmupProgress | None = None, *, ahead: bool = False
+    ) -> WarmupReport:
+        """Compile what the backend compiles for this model; nothing, where it compiles nothing.
+
+        Args:
+            progress: told the jobs that are done and all there are.
+            ahead: ahead of a start: everything that the backend can keep for later ones.
+
+        Raises:
+            WarmupError: something could not be compiled; the message names it.
+            ParallelError: another process failed at it, or died.
+        """
+        self._warmed = run_jobs(
+            warmup_jobs(self._loaded, self.config, ahead=True) if ahead else self._jobs,
+            backend=str(self._loaded.bound.ops.backend),
+            threads=self.config.warmup_threads,
+            group=self.group,
+            progress=progress,
+        )
+        return self._warmed
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave the other processes, if there are any; nothing can be generated afterwards.
@@ -120,7 +157,16 @@ class LLM:
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """Every decision with its rule and reason, in the order in which they were taken."""
-        return self._loaded.decisions
+        warmed = self._jobs if self._warmed is None else self._warmed.jobs
+        if not warmed:
+            return self._loaded.decisions
+        decision = warmup_decision(self._loaded.bound.ops, len(warmed), self._warmed)
+        return (*self._loaded.decisions, decision)
+
+    @property
+    def warmup_seconds(self) -> float:
+        """Wall time of the last warm-up; 0 if there was none."""
+        return 0.0 if self._warmed is None else self._warmed.seconds
 
     @property
     def default_sampling(self) -> SamplingParams:

@@ -114,6 +114,12 @@ class QuantizedLinear(nn.Module):
             )
         )
 
+    @property
+    def prepared(self) -> LinearWeight:
+        """The weight as the backend laid it out."""
+        assert self._prepared is not None, "finish_loading comes first"
+        return self._prepared
+
     def forward(self, rows_TK: torch.Tensor) -> torch.Tensor:
         """``[T, K]`` to ``[T, N]``."""
         assert self._prepared is not None, "finish_loading comes first"

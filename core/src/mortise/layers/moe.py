@@ -151,6 +151,12 @@ class MoELayer(nn.Module):
         """What was decided, one for each mode."""
         return tuple(exchange.decision for exchange in self._exchanges.values())
 
+    @property
+    def weights(self) -> ExpertWeights:
+        """This rank's experts, prepared."""
+        assert self._weights is not None, "finish_loading comes first"
+        return self._weights
+
     def finish_loading(self, compute_dtype: torch.dtype) -> tuple[DispatchDecision, ...]:
         """Decide the dispatch formats and lay the weights out; again after every weight update.
 

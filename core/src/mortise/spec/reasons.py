@@ -30,3 +30,4 @@ class ReasonCode(StrEnum):
     REQUEST_UNSUPPORTED = "request_unsupported"
     CREATE_FAILED = "create_failed"
     DENIED_BY_CONFIG = "denied_by_config"
+    WARMUP_FAILED = "warmup_failed"
