@@ -231,7 +231,9 @@ def _worst(received: Received, num_rows: int) -> Received:
 def _extended(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Rows ``[N, ...]`` at the beginning of memory for ``num_rows``."""
     more = unwritten((num_rows, *rows.shape[1:]), rows.dtype)
-    more.view(torch.uint8)[: len(rows)] = rows.contiguous().view(torch.uint8)
+    # One dimension more: a tensor of one number a row has none that could become bytes.
+    there = rows.contiguous().unsqueeze(-1).view(torch.uint8)
+    more.unsqueeze(-1).view(torch.uint8)[: len(rows)] = there
     return more
 
 
