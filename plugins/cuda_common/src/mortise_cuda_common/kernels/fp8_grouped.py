@@ -212,7 +212,7 @@ def _instructions(tiling: Tiling) -> dict[Architecture, str]:
 
 def _product_case(tiling: Tiling, num_columns: int, depth: int, num_parts: int = 1) -> CompileCase:
     pointers = {**_POINTERS, "out": "*bf16", **_PLACES}
-    strides = ("scale_row_stride", "scale_column_stride")
+    strides = ("scale_row_step", "scale_column_step")
     return CompileCase(
         name=f"fp8 product {num_columns} x {depth}, {tiling.block_m} rows a tile",
         source=product_program,
@@ -231,7 +231,7 @@ def _gate_up_case(tiling: Tiling, width: int, depth: int, then: ScaleFormat | No
         "out": "*bf16" if then is None else "*fp8e4nv",
         "out_scales": "*bf16" if then is None else "*fp32",
     }
-    strides = ("scale_row_stride", "scale_column_stride", "out_scale_stride")
+    strides = ("scale_row_step", "scale_column_step", "out_scale_step")
     return CompileCase(
         name=f"fp8 gate and up {width} x {depth}, {kind_of(then).value}, {tiling.block_m} rows",
         source=gate_up_program,

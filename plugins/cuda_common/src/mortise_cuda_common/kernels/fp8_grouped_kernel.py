@@ -20,8 +20,8 @@ def product_program(  # type: ignore[no-untyped-def]
     out,
     first_rows,
     counts,
-    scale_row_stride,
-    scale_column_stride,
+    scale_row_step,
+    scale_column_step,
     N: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -46,8 +46,8 @@ def product_program(  # type: ignore[no-untyped-def]
         out: pointer to ``[R, N]``, contiguous.
         first_rows: pointer to int32 ``[E]``, the first row of each group.
         counts: pointer to int32 ``[E]``, the rows of each group.
-        scale_row_stride: from one row of ``row_scales`` to the next.
-        scale_column_stride: from one column of ``row_scales`` to the next.
+        scale_row_step: from one row of ``row_scales`` to the next.
+        scale_column_step: from one column of ``row_scales`` to the next.
         N: rows of a weight.
         K: columns of a weight.
         PARTS: equal parts of N with blocks of weight rows of their own.
@@ -96,7 +96,7 @@ def product_program(  # type: ignore[no-untyped-def]
         scale_row = group.to(tl.int64) * (PARTS * PART_BLOCKS) + scale_block
         row_ptrs = rows + row * K + (offs_M[:, None] * K + offs_K[None, :])
         weight_ptrs = weight + weight_row * K + (offs_N[:, None] * K + offs_K[None, :])
-        row_scale_ptrs = row_scales + (row + offs_M) * scale_row_stride
+        row_scale_ptrs = row_scales + (row + offs_M) * scale_row_step
         weight_scale_ptr = weight_scale + scale_row * K_BLOCKS
 
         if WEIGHT_FIRST:
@@ -116,7 +116,7 @@ def product_program(  # type: ignore[no-untyped-def]
             values_MK = tl.load(row_ptrs, mask=row_mask, other=0.0)
             weight_NK = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
             scale_M = next_row_scale_M * next_weight_scale
-            row_scale_ptrs += scale_column_stride
+            row_scale_ptrs += scale_column_step
             weight_scale_ptr += 1
             more = block + 1 < K_BLOCKS
             next_row_scale_M = tl.load(row_scale_ptrs, mask=there_M & more, other=0.0)
@@ -144,9 +144,9 @@ def gate_up_program(  # type: ignore[no-untyped-def]
     out_scales,
     first_rows,
     counts,
-    scale_row_stride,
-    scale_column_stride,
-    out_scale_stride,
+    scale_row_step,
+    scale_column_step,
+    out_scale_step,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
     QUANTISED: tl.constexpr,
@@ -174,9 +174,9 @@ def gate_up_program(  # type: ignore[no-untyped-def]
             used where the result is not quantised.
         first_rows: pointer to int32 ``[E]``, the first row of each group.
         counts: pointer to int32 ``[E]``, the rows of each group.
-        scale_row_stride: from one row of ``row_scales`` to the next.
-        scale_column_stride: from one column of ``row_scales`` to the next.
-        out_scale_stride: from one column of ``out_scales`` to the next.
+        scale_row_step: from one row of ``row_scales`` to the next.
+        scale_column_step: from one column of ``row_scales`` to the next.
+        out_scale_step: from one column of ``out_scales`` to the next.
         WIDTH: columns of the result.
         K: columns of a weight.
         QUANTISED: whether the result is.
@@ -222,7 +222,7 @@ def gate_up_program(  # type: ignore[no-untyped-def]
         row_ptrs = rows + row * K + (offs_M[:, None] * K + offs_K[None, :])
         gate_ptrs = weight + gate_row * K + (offs_N[:, None] * K + offs_K[None, :])
         up_ptrs = weight + (gate_row + WIDTH) * K + (offs_N[:, None] * K + offs_K[None, :])
-        row_scale_ptrs = row_scales + (row + offs_M) * scale_row_stride
+        row_scale_ptrs = row_scales + (row + offs_M) * scale_row_step
         gate_scale_ptr = weight_scale + scale_row * K_BLOCKS
         up_scale_ptr = gate_scale_ptr + WIDTH_BLOCKS * K_BLOCKS
 
@@ -247,7 +247,7 @@ def gate_up_program(  # type: ignore[no-untyped-def]
             up_NK = tl.load(up_ptrs, mask=weight_mask, other=0.0)
             gate_scale_M = next_row_scale_M * next_gate_scale
             up_scale_M = next_row_scale_M * next_up_scale
-            row_scale_ptrs += scale_column_stride
+            row_scale_ptrs += scale_column_step
             gate_scale_ptr += 1
             up_scale_ptr += 1
             more = block + 1 < K_BLOCKS
@@ -286,7 +286,7 @@ def gate_up_program(  # type: ignore[no-untyped-def]
             clamped = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
             values = tl.where(scaled == scaled, clamped, float("nan"))
             tl.store(out_ptrs, values.to(tl.float8e4nv), mask=inside)
-            scale_ptrs = out_scales + column_tile.to(tl.int64) * out_scale_stride + row + offs_M
+            scale_ptrs = out_scales + column_tile.to(tl.int64) * out_scale_step + row + offs_M
             tl.store(scale_ptrs, scale_M, mask=there_M)
         else:
             tl.store(out_ptrs, gated.to(out.dtype.element_ty), mask=inside)

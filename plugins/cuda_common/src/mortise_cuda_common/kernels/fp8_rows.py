@@ -145,7 +145,7 @@ def case(
             "counts": "*i32",
             "num_rows": "i32",
             "row_stride": "i32",
-            "out_scale_stride": "i32",
+            "out_scale_step": "i32",
         },
         constants=constants(width, 256, block_m, gated=gated, scale_format=scale_format),
         architectures=tuple(Architecture),

@@ -20,7 +20,7 @@ def rows_program(  # type: ignore[no-untyped-def]
     counts,
     num_rows,
     row_stride,
-    out_scale_stride,
+    out_scale_step,
     WIDTH: tl.constexpr,
     GATED: tl.constexpr,
     QUANTISED: tl.constexpr,
@@ -43,7 +43,7 @@ def rows_program(  # type: ignore[no-untyped-def]
         counts: pointer to int32 ``[E]``, the rows of each group.
         num_rows: R.
         row_stride: from one row of ``rows`` to the next.
-        out_scale_stride: from one column of ``out_scales`` to the next.
+        out_scale_step: from one column of ``out_scales`` to the next.
         WIDTH: columns of the result.
         GATED: silu(gate) * up, rounded as often as tensors of torch of the rows' dtype are.
         QUANTISED: to e4m3, as ``mortise.formats.fp8``.
@@ -101,7 +101,7 @@ def rows_program(  # type: ignore[no-untyped-def]
             clamped = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
             quantised = tl.where(scaled == scaled, clamped, float("nan"))
             tl.store(out_ptrs, quantised.to(tl.float8e4nv), mask=inside)
-            scale_ptrs = out_scales + column_tile.to(tl.int64) * out_scale_stride + row + offs_M
+            scale_ptrs = out_scales + column_tile.to(tl.int64) * out_scale_step + row + offs_M
             tl.store(scale_ptrs, scale_M, mask=there_M)
         else:
             tl.store(out_ptrs, values.to(out.dtype.element_ty), mask=inside)
