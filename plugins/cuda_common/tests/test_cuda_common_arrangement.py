@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mortise_cuda_common.arrangement import arrangement
 from mortise_cuda_common.groups import Groups
-from mortise_cuda_common.row_owners import row_experts
+from mortise_cuda_common.kernels.row_experts import row_experts
+from mortise_cuda_common.programs.emulated import EmulatedPrograms
 from mortise_cuda_common.rows import Kind, Rows
 
 counts_of_groups = st.lists(st.integers(0, 9), min_size=1, max_size=6)
@@ -53,7 +54,7 @@ def test_the_expert_of_each_row(
     for expert, rows in enumerate(own_rows(groups)):
         for row in rows:
             expected[row] = expert
-    experts = row_experts(groups)
+    experts = row_experts(EmulatedPrograms(), groups)
     assert experts.dtype is torch.int32
     assert experts.tolist() == expected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -126,10 +127,14 @@ def test_a_table_that_is_none_is_an_error(tmp_path: Path, text: str, what: str) 
 
 
 def test_rows_of_an_expert_are_counted_where_the_host_knows_them() -> None:
-    counts = torch.tensor([3, 5], dtype=torch.int32)
-    groups = Groups(first_rows=torch.tensor([0, 128]), counts=counts, num_rows=256, alignment=128)
-    assert rows_per_expert(groups) == 128
-    known = Groups(
-        first_rows=torch.tensor([0, 128]), counts=counts, num_rows=256, host_counts=(3, 5)
+    groups = Groups(
+        first_rows=torch.tensor([0, 128]),
+        counts=torch.tensor([3, 5], dtype=torch.int32),
+        num_rows=256,
+        alignment=128,
     )
-    assert rows_per_expert(known) == 4
+    assert rows_per_expert(replace(groups, host_counts=(3, 5))) == 4
+    # Of 256 rows 254 may be padding.
+    assert rows_per_expert(groups) == 1
+    assert rows_per_expert(replace(groups, num_rows=2 * 1127)) == 1000
+    assert rows_per_expert(replace(groups, capacity=8, num_rows=16)) == 8

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mortise.plugin import ConfigError
+from mortise_cuda_common.kernels.tilings import rows_of_a_group
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,9 +117,10 @@ class Choice:
 
 
 def rows_per_expert(groups: Groups) -> float:
-    """The average, from what the host knows; padding counts where it does not know better."""
-    rows = groups.num_rows if groups.host_counts is None else sum(groups.host_counts)
-    return rows / groups.num_groups
+    """The average, or what the host takes for it where it does not know the counts."""
+    if groups.host_counts is None:
+        return rows_of_a_group(groups)
+    return sum(groups.host_counts) / groups.num_groups
 
 
 def choice(measurements: tuple[Measurement, ...], chip: str, intermediate_size: int) -> Choice:

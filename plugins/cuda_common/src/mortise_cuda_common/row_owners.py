@@ -10,8 +10,6 @@ import torch
 if TYPE_CHECKING:
     from mortise_cuda_common.groups import Groups
 
-NOBODY = -1
-
 
 @dataclass(frozen=True, slots=True)
 class Owners:
@@ -35,9 +33,3 @@ def owners_of(groups: Groups) -> Owners:
     owners = torch.searchsorted(groups.first_rows, rows, right=True) - 1
     places = rows - groups.first_rows[owners]
     return Owners(owners, places.long(), places < groups.counts[owners])
-
-
-def row_experts(groups: Groups) -> torch.Tensor:
-    """int32 ``[R]``: the group of each row, -1 for rows of none."""
-    owners = owners_of(groups)
-    return owners.groups.to(torch.int32).masked_fill(~owners.are_rows, NOBODY)

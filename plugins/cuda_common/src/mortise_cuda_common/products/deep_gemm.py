@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mortise_cuda_common.kernels.tilings import rows_of_a_group
+
 if TYPE_CHECKING:
     from mortise_cuda_common.groups import Groups
     from mortise_cuda_common.libraries.deep_gemm import DeepGEMM
@@ -24,10 +26,8 @@ def is_dense(groups: Groups) -> bool:
 def expected_rows(groups: Groups) -> int:
     """Rows that an expert is expected to have, by which DeepGEMM chooses its tiles.
 
-    Nothing depends on it but speed. Where the host does not know the counts it is all that a slot
-    can hold.
+    Nothing depends on it but speed.
     """
-    assert groups.capacity is not None
     if groups.host_counts is None:
-        return groups.capacity
+        return rows_of_a_group(groups)
     return max(1, -(-sum(groups.host_counts) // groups.num_groups))

@@ -10,6 +10,7 @@ import torch
 from mortise.formats.fp8 import dequantise_fp8_rows
 from mortise.plugin import ScaleFormat
 from mortise_cuda_common.kernels.fp8_rows import quantise_rows
+from mortise_cuda_common.kernels.row_experts import row_experts
 from mortise_cuda_common.kernels.swiglu import swiglu, swiglu_quantise
 from mortise_cuda_common.products.base import Product
 from mortise_cuda_common.products.deep_gemm import (
@@ -17,7 +18,6 @@ from mortise_cuda_common.products.deep_gemm import (
     is_dense,
     row_multiple,
 )
-from mortise_cuda_common.row_owners import row_experts
 from mortise_cuda_common.rows import Kind, Rows, scale_format_of
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Fp8DeepGemmProduct(Product):
 
     def _contiguous(self, rows: Rows, groups: Groups) -> torch.Tensor:
         out_RN = self._empty(groups.num_rows, rows)
-        experts_R = row_experts(groups)
+        experts_R = row_experts(self.programs, groups)
         self.deep_gemm.fp8_contiguous(rows, self.weight, self.scale, experts_R, out_RN)
         return out_RN
 

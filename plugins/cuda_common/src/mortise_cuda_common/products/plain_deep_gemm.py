@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from mortise_cuda_common.kernels.row_experts import row_experts
 from mortise_cuda_common.kernels.swiglu import swiglu
 from mortise_cuda_common.products.base import Product
 from mortise_cuda_common.products.deep_gemm import expected_rows, is_dense, row_multiple
-from mortise_cuda_common.row_owners import row_experts
 from mortise_cuda_common.rows import Kind, Rows
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class PlainDeepGemmProduct(Product):
         shape = (groups.num_rows, self.weight.shape[1])
         out_RN = torch.empty(shape, dtype=torch.bfloat16, device=rows.values.device)
         if groups.capacity is None:
-            experts_R = row_experts(groups)
+            experts_R = row_experts(self.programs, groups)
             self.deep_gemm.bf16_contiguous(rows.values, self.weight, experts_R, out_RN)
         else:
             slots = (groups.num_groups, groups.capacity)
