@@ -170,6 +170,14 @@ def test_lengths_are_of_two_dense_dimensions() -> None:
     library(BLACKWELL).get_paged_mqa_logits_metadata(lens, 32, 5)
 
 
+@pytest.mark.parametrize(("chip", "most"), [(HOPPER, 58112), (BLACKWELL, 29056)])
+def test_requests_that_the_planner_cannot_hold(chip: Chip, most: int) -> None:
+    lens = torch.ones(most + 1, 1, dtype=torch.int32)
+    library(chip).get_paged_mqa_logits_metadata(lens[:-1], BLOCK, 1)
+    with pytest.raises(RuntimeError, match="smem_size <= smem_capacity"):
+        library(chip).get_paged_mqa_logits_metadata(lens, BLOCK, 1)
+
+
 def test_the_vendors_assertions_on_a_launch() -> None:
     one, gpu = case([70, 30]), library(HOPPER)
     wrong: list[tuple[Case, str]] = [

@@ -11,10 +11,7 @@ import torch
 from mortise.plugin import BackendUnusableError, ContractError, ReasonCode
 from mortise_cuda_common.chip import Architecture
 from mortise_cuda_common.emulator.deep_gemm.fork import ForkDeepGEMM
-from mortise_cuda_common.libraries.deep_gemm_health import (
-    failure_of_import,
-    require_installed,
-)
+from mortise_cuda_common.libraries.deep_gemm_health import failure_of_import, look
 from mortise_cuda_common.libraries.deep_gemm_names import resolve
 from mortise_cuda_common.libraries.deep_gemm_scales import (
     dense_strides,
@@ -65,7 +62,7 @@ class DeepGEMM:
             BackendUnusableError: it is missing, made for another torch, finds no CUDA toolkit or
                 not the functions that are called, or multiplies wrongly; root cause first.
         """
-        require_installed(chip)
+        look(chip)
         return cls.of(import_library(), chip, device)
 
     @classmethod
@@ -95,7 +92,7 @@ class DeepGEMM:
         Raises:
             BackendUnusableError: it is missing, or cannot be imported.
         """
-        require_installed()
+        look()
         return str(getattr(import_library(), "__version__", "unknown"))
 
     def describe(self) -> tuple[tuple[str, str], ...]:
@@ -416,6 +413,15 @@ class DeepGEMM:
             reason=ReasonCode.REQUEST_UNSUPPORTED,
             remedy='set option indexer to "triton", or pip install "sgl-deep-gemm==0.1.5.post1"',
         )
+
+
+def require_installed() -> str:
+    """Say what is installed, by the look of it: nothing is imported.
+
+    Raises:
+        BackendUnusableError: it is missing, made for another torch, or there is no compiler.
+    """
+    return str(look())
 
 
 def import_library() -> Any:

@@ -55,10 +55,13 @@ class Installed:
     version: str
     toolkit: Path
 
+    def __str__(self) -> str:
+        """In words, for the doctor."""
+        whose = " ".join((self.distribution, self.version)).strip() or MODULE
+        return f"{whose}, which compiles its kernels with the CUDA toolkit at {self.toolkit}"
 
-def require_installed(
-    chip: Chip | None = None, environment: VendorEnvironment | None = None
-) -> Installed:
+
+def look(chip: Chip | None = None, environment: VendorEnvironment | None = None) -> Installed:
     """See that DeepGEMM and what it compiles with are here, without importing it.
 
     Args:

@@ -18,6 +18,7 @@ SPLIT: Final = 256
 """Tokens of one unit of work."""
 
 WARP: Final = 32
+BYTES_OF_SUM: Final = 4
 
 Entry = tuple[int, int]
 """Where a multiprocessor begins: an atom of query rows (SM90) or a query row (SM100), a split."""
@@ -41,9 +42,17 @@ def plan(
     require(indices is None, "no indices: rows of varying numbers of queries are not emulated")
     blocks = (64,) if state.is_sm90 else (32, 64)
     require(block_kv in blocks, " or ".join(f"block_kv == {size}" for size in blocks))
+    _require_memory(state, context_lens.shape[0])
     lens, next_n = context_lens[:, -1].tolist(), context_lens.shape[1]
     entries = (sm90_entries if state.is_sm90 else sm100_entries)(lens, next_n, num_sms)
     return torch.tensor(entries, dtype=torch.int32)
+
+
+def _require_memory(state: State, rows: int) -> None:
+    """The sums of all requests lie in the memory of one block."""
+    sums = -(-rows // WARP) * WARP if state.is_sm90 else 2 * rows
+    fits = sums * BYTES_OF_SUM <= state.chip.shared_memory
+    require(fits, f"smem_size <= smem_capacity: {rows} requests")
 
 
 def num_atoms(next_n: int) -> int:
