@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from plugins.cuda_common.tests.ahead_of_time import cases, check_compiled, on_every_chip
@@ -13,11 +16,13 @@ from mortise_cuda_common import kernels
 from mortise_cuda_common.chip import Architecture
 from mortise_cuda_common.kernels.qkv_plan import CASES as QKV_CASES
 from mortise_cuda_common.programs.ahead import compile_ahead
+from mortise_cuda_common.programs.base import CompileCase
 
 if TYPE_CHECKING:
-    from mortise_cuda_common.programs.base import CompileCase
+    from collections.abc import Callable
 
 pytestmark = needs_triton
+tl: Any = importlib.import_module("triton.language") if importlib.util.find_spec("triton") else None
 
 
 @pytest.mark.parametrize(("case", "chip"), on_every_chip(kernels))
@@ -51,3 +56,62 @@ def test_a_case_that_asks_for_too_much_is_found_out() -> None:
     greedy = {**case.constants, "BLOCK_TOKENS": 256}
     with pytest.raises(AssertionError, match="spilled"):
         check_compiled(replace(case, constants=greedy), chip)
+
+
+def quotient(one, other, target, N: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    lanes = tl.arange(0, N)
+    tl.store(target + lanes, tl.load(one + lanes) / tl.load(other + lanes))
+
+
+def nearest_quotient(one, other, target, N: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    lanes = tl.arange(0, N)
+    tl.store(target + lanes, tl.div_rn(tl.load(one + lanes), tl.load(other + lanes)))
+
+
+def power(one, other, target, N: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    lanes = tl.arange(0, N)
+    tl.store(target + lanes, tl.exp2(tl.load(one + lanes)) - tl.load(other + lanes))
+
+
+def root(one, other, target, N: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    lanes = tl.arange(0, N)
+    tl.store(target + lanes, tl.sqrt(tl.load(one + lanes)) - tl.load(other + lanes))
+
+
+def product_and_sum(one, other, target, N: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    lanes = tl.arange(0, N)
+    number = tl.load(one + lanes)
+    tl.store(target + lanes, number * tl.load(other + lanes) + number)
+
+
+def as_e4m3(one, other, target, N: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    lanes = tl.arange(0, N)
+    number = tl.maximum(tl.load(one + lanes), tl.load(other + lanes))
+    tl.store(target + lanes, number.to(tl.float8e4nv).to(tl.float32))
+
+
+@pytest.mark.parametrize(
+    ("source", "instructions"),
+    [
+        (quotient, [r"div\.full\.f32"]),
+        (nearest_quotient, [r"div\.rn\.f32"]),
+        (power, [r"ex2\.approx\.ftz\.f32"]),
+        (root, [r"sqrt\.approx\.ftz\.f32"]),
+        (product_and_sum, [r"fma\.rn\.f32"]),
+        (as_e4m3, [r"max\.f32", r"cvt\.rn\.satfinite\.e4m3x2\.f32"]),
+    ],
+)
+@pytest.mark.parametrize("chip", Architecture)
+def test_where_chips_do_not_compute_as_the_emulation_does(
+    source: Callable[..., None], instructions: list[str], chip: Architecture
+) -> None:
+    """The page of the emulator says so; here it is read from what Triton compiles."""
+    case = CompileCase(
+        name=source.__name__,
+        source=source,
+        signature=dict.fromkeys(("one", "other", "target"), "*fp32"),
+        constants={"N": 128},
+        architectures=(chip,),
+    )
+    ptx = compile_ahead(case, chip).ptx
+    assert all(re.search(rf"\s{one}\s", ptx) for one in instructions)
