@@ -72,7 +72,6 @@ SM90, SM100 = Architecture.SM90, Architecture.SM100
 MACHINES = (
     Machine(SM90, "triton"),
     Machine(SM90, "deep_gemm"),
-    Machine(SM90, "auto", deep_gemm=False),
     Machine(SM100, "auto"),
     Machine(SM100, "deep_gemm"),
 )

@@ -38,7 +38,7 @@ DEEP_GEMM_COLUMNS: Final = GROUP
 DEEP_GEMM_BF16_COLUMNS: Final = 64
 """Columns of a bfloat16 weight likewise (it asserts ``k % 64 == 0``)."""
 
-MOST_EXPERTS: Final = 4096
+MOST_EXPERTS: Final = 1024
 """Local experts: every program of a grouped product loads all their counts."""
 
 

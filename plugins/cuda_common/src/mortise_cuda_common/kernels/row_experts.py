@@ -32,12 +32,11 @@ def row_experts(programs: Programs, groups: Groups) -> torch.Tensor:
         int32 ``[R]``, -1 for rows of no group.
     """
     out_R = undefined((groups.num_rows,), torch.int32, groups.counts.device)
-    constants = _constants(groups.num_groups)
     programs.launch(
         row_experts_program,
-        -(-groups.num_rows // constants["BLOCK_ROWS"]),
+        -(-groups.num_rows // _block_rows(groups.num_groups)),
         (groups.first_rows, groups.counts, out_R, groups.num_rows),
-        constants,
+        _constants(groups.num_groups),
         num_warps=NUM_WARPS,
         num_stages=1,
     )
@@ -45,8 +44,11 @@ def row_experts(programs: Programs, groups: Groups) -> torch.Tensor:
 
 
 def _constants(num_groups: int) -> Constants:
-    rows = max(1, COMPARISONS // power_of_two(num_groups))
-    return {**group_constants(num_groups), "BLOCK_ROWS": rows}
+    return {**group_constants(num_groups), "BLOCK_ROWS": _block_rows(num_groups)}
+
+
+def _block_rows(num_groups: int) -> int:
+    return max(1, COMPARISONS // power_of_two(num_groups))
 
 
 def _case(num_groups: int) -> CompileCase:
