@@ -135,13 +135,11 @@ def toolkit_folder(environment: VendorEnvironment) -> Path | None:
 
 def _distribution() -> tuple[str, str]:
     """Name and version of what brings the module; nothing where no metadata says."""
-    names = [DISTRIBUTION, *importlib.metadata.packages_distributions().get(MODULE, [])]
-    for name in names:
-        try:
-            return name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "", ""
+    try:
+        return DISTRIBUTION, importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        bring_it = importlib.metadata.packages_distributions().get(MODULE, [])
+    return (bring_it[0], importlib.metadata.version(bring_it[0])) if bring_it else ("", "")
 
 
 def _require_matching_torch(version: str) -> None:
