@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -176,13 +175,11 @@ def _case(keys: str, heads: int, dim: int, tokens: int = 1) -> CompileCase:
         architectures=tuple(Architecture),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
-        instructions=MappingProxyType(
-            {
-                Architecture.SM90: rf"wgmma\.mma_async\.sync\.aligned\.m64n{columns}{wgmma}",
-                Architecture.SM100: tcgen05,
-                Architecture.SM103: tcgen05,
-            }
-        ),
+        instructions={
+            Architecture.SM90: rf"wgmma\.mma_async\.sync\.aligned\.m64n{columns}{wgmma}",
+            Architecture.SM100: tcgen05,
+            Architecture.SM103: tcgen05,
+        },
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,3 +96,8 @@ class CompileCase:
     instructions: Mapping[Architecture, str] = field(default_factory=dict)
     most_spilled_bytes: int = 0
     divisible_by_16: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Keep no dictionary that somebody could change."""
+        for name in ("signature", "constants", "instructions"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
