@@ -18,6 +18,7 @@ from mortise.engine.compute_dtype import decide_dtype
 from mortise.engine.default_sampling import default_sampling
 from mortise.engine.dispatch_modes import dispatch_modes
 from mortise.engine.dispatch_overrides import dispatch_overrides
+from mortise.engine.expert_runners import runner_decisions
 from mortise.engine.index_keys import decide_index_key_dtype
 from mortise.engine.joining import join_group
 from mortise.engine.materialise import materialise
@@ -209,6 +210,7 @@ def _load_joined(
             threads_decision,
             *_skip_decisions(report),
             *_scheme_decisions(model),
+            *runner_decisions(model),
             *_dispatch_decisions(dispatch),
             _sampling_decision(directory, sampling),
             _cache_decision(pool, resolved),

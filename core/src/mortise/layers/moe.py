@@ -143,6 +143,8 @@ class MoELayer(nn.Module):
         self.gate = router
         self.experts = experts
         self.shared_experts = shared_experts
+        # What the backend says that it runs the experts by; nothing until they are loaded.
+        self.runner = ""
         self._weights: ExpertWeights | None = None
         self._exchanges: Mapping[DispatchMode, Exchange] = {}
 
@@ -170,6 +172,7 @@ class MoELayer(nn.Module):
         ops = self.context.ops
         weights = self.experts.record(self.name)
         method = self._method(weights, compute_dtype)
+        self.runner = method.runner
         decisions = {
             mode: ops.resolve_dispatch_dtype(self._request(mode, weights, method, compute_dtype))
             for mode in self.context.modes
