@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from mortise_cuda_common.chip import Architecture
@@ -16,7 +17,9 @@ from mortise_cuda_common.chip import Architecture
 if TYPE_CHECKING:
     from mortise_cuda_common.programs.base import CompileCase
 
-_CAPABILITY: Final = {Architecture.SM90: 90, Architecture.SM100: 100, Architecture.SM103: 103}
+_CAPABILITY: Final = MappingProxyType(
+    {Architecture.SM90: 90, Architecture.SM100: 100, Architecture.SM103: 103}
+)
 _WARP: Final = 32
 _DIVISIBLE: Final = (("tt.divisibility", 16),)
 _USAGE: Final = re.compile(r"REG:(\d+) STACK:(\d+)")

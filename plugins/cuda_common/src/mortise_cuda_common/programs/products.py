@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
     from mortise_cuda_common.programs.dtypes import Dtype
 
 _E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_OF_FORMAT: Final = {
-    "e4m3": dtypes.float8e4nv,
-    "e5m2": dtypes.float8e5,
-    "bf16": dtypes.bfloat16,
-    "fp16": dtypes.float16,
-}
+_OF_FORMAT: Final = MappingProxyType(
+    {
+        "e4m3": dtypes.float8e4nv,
+        "e5m2": dtypes.float8e5,
+        "bf16": dtypes.bfloat16,
+        "fp16": dtypes.float16,
+    }
+)
 
 
 def dot(
