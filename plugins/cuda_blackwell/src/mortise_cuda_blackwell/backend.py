@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mortise.plugin import Backend, BindContext, DeviceProbe, hookimpl
 from mortise_cuda_blackwell import dispatch
 from mortise_cuda_blackwell.capabilities import ARCHITECTURES, NAME, capabilities_of
+from mortise_cuda_blackwell.loading import library_findings, load_flash_infer
 from mortise_cuda_blackwell.options import Options
 from mortise_cuda_blackwell.select import BlackwellProducts
 from mortise_cuda_common import doctor, loading, moe, qkv
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         WarmupJob,
         WarmupRequest,
     )
+    from mortise_cuda_blackwell.libraries.flashinfer import FlashInfer
     from mortise_cuda_common.runtime import Runtime
 
 
@@ -54,12 +56,15 @@ class BlackwellBackend(Backend):
     Args:
         runtime: the chip and what computes on it.
         options: the checked table of the configuration.
+        flash_infer: FlashInfer, where the configuration asks for it.
     """
 
-    def __init__(self, runtime: Runtime, options: Options) -> None:
+    def __init__(
+        self, runtime: Runtime, options: Options, flash_infer: FlashInfer | None = None
+    ) -> None:
         self._runtime = runtime
         self._capabilities = capabilities_of(runtime, options)
-        self._products = BlackwellProducts(runtime, options.runner)
+        self._products = BlackwellProducts(runtime, options.runner, flash_infer)
         self._indexer = Indexer(runtime, options.indexer)
         self._exchanges = Exchanges(runtime, options.exchange, NAME)
 
@@ -72,7 +77,8 @@ class BlackwellBackend(Backend):
     def doctor(cls, request: DoctorRequest) -> Sequence[Finding]:
         """Compare libraries and variables with the run; nothing is imported."""
         options = read_options(Options, NAME, request.options)
-        return tuple(doctor.findings(request, options, options.architecture))
+        findings = doctor.findings(request, options, options.architecture)
+        return (*findings, *library_findings(request, options))
 
     @classmethod
     def create(cls, context: BindContext) -> BlackwellBackend:
@@ -81,7 +87,7 @@ class BlackwellBackend(Backend):
         runtime = loading.load_runtime(
             NAME, options.architectures, context, options, options.architecture
         )
-        return cls(runtime, options)
+        return cls(runtime, options, load_flash_infer(runtime, options))
 
     def capabilities(self) -> Capabilities:
         """Facts of the chip."""
