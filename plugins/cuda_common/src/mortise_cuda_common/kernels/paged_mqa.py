@@ -161,7 +161,7 @@ def _case(keys: str, heads: int, dim: int, tokens: int = 1) -> CompileCase:
     return CompileCase(
         name=f"index scores of {heads} heads x {dim} over {keys} keys, {tokens} tokens a row",
         source=paged_mqa_kernel,
-        signature={**pointers, "num_columns": "i32", "table_stride": "i32"},
+        signature={**pointers, "num_columns": "i32", "table_pitch": "i32"},
         constants={
             "PAGE_STRIDE": block * (dim + 4) if is_quantised else block * dim,
             "KEY_STRIDE": dim,

@@ -19,7 +19,7 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
     schedule,
     logits,
     num_columns,
-    table_stride,
+    table_pitch,
     PAGE_STRIDE: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
@@ -50,7 +50,7 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
         schedule: pointer to contiguous int32 ``[workers + 1, 2]``.
         logits: pointer to contiguous float32 ``[rows * TOKENS, num_columns]``.
         num_columns: columns of the result.
-        table_stride: numbers from one row of the page table to the next.
+        table_pitch: numbers from one row of the page table to the next.
         PAGE_STRIDE: numbers from one page's keys to the next; with KEY_STRIDE constant, as only
             then does the compiler know that keys can be loaded 16 bytes at a time.
         KEY_STRIDE: numbers from one key of a page to the next.
@@ -84,7 +84,7 @@ def paged_mqa_kernel(  # type: ignore[no-untyped-def]
         length = tl.minimum(tl.load(lens + row * TOKENS + TOKENS - 1), num_columns)
         first = tl.where(row == first_row, first_split * SPLIT, 0)
         last = tl.where(row == last_row, tl.minimum(last_split * SPLIT, length), length)
-        pages = page_table + tl.cast(row // TABLE_ROWS, tl.int64) * table_stride
+        pages = page_table + tl.cast(row // TABLE_ROWS, tl.int64) * table_pitch
         for token in range(row * TOKENS, row * TOKENS + TOKENS):
             position = tl.cast(token, tl.int64)
             query = tl.load(queries + position * (HEADS * DIM) + places, mask=there, other=0.0)
