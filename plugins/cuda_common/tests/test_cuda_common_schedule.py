@@ -162,7 +162,7 @@ def emulated_tasks(schedule: torch.Tensor, lens: torch.Tensor, *, is_sm90: bool)
         walked = (
             paged_walk.sm90_walk(entries, last, paged_schedule.num_atoms(next_n), worker)
             if is_sm90
-            else paged_walk.sm100_walk(entries, last, next_n, worker)
+            else paged_walk.sm100_walk(entries, last, next_n, 64, worker)
         )
         done += [
             Task(task.request * next_n, task.first_split + each)

@@ -111,7 +111,8 @@ def sm100_walk(schedule: torch.Tensor, lens_RN: torch.Tensor) -> Iterator[list[T
         lens_RN: int32 ``[rows, next_n]``, the lengths that the kernel reads.
 
     Raises:
-        StaleScheduleError: a worker would count its splits below zero, which are four billion.
+        StaleScheduleError: a worker would count its splits below zero, which are four billion; or
+            16 of no row, where tokens and heads take several tiles.
     """
     rows, next_n = lens_RN.shape
     splits_R = _splits(lens_RN).tolist()
