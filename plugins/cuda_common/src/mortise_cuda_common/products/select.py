@@ -151,7 +151,8 @@ class Products:
         if problem:
             return f"triton (DeepGEMM: {problem})"
         way = self._choice(projection).describe()
-        if projection.scale_format is None and self.runtime.chip.architecture.is_blackwell:
+        is_open = projection.scale_format is None and self.runtime.chip.architecture.is_blackwell
+        if is_open and Runner.DEEP_GEMM in way:
             return f"{way}; triton where scales are no powers of two"
         return way
 
