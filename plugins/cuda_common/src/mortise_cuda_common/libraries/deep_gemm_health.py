@@ -31,10 +31,10 @@ PIP: Final = f'pip install "{DISTRIBUTION}==0.1.5.post1"'
 INSTEAD: Final = 'or set options runner and indexer to "triton", which needs no DeepGEMM'
 
 USUAL_TOOLKIT: Final = Path("/usr/local/cuda")
-OLDEST_TOOLKIT: Final = Version("12.3")
-OLDEST_TOOLKIT_OF_BLACKWELL: Final = Version("12.9")
+OLDEST_TOOLKIT: Final = "12.3"
+OLDEST_TOOLKIT_OF_BLACKWELL: Final = "12.9"
 
-TORCH_OF: Final = ((Version("0.2.3"), Version("2.14")), (Version("0.1.5.post2"), Version("2.12")))
+TORCH_OF: Final = (("0.2.3", "2.14"), ("0.1.5.post2", "2.12"))
 """From which version of the fork on which torch is the oldest: its wheels name none themselves."""
 
 _SYMBOL: Final = re.compile(r"undefined symbol: (\w+)")
@@ -149,7 +149,7 @@ def _require_matching_torch(version: str) -> None:
     except InvalidVersion:
         return
     for first, oldest in TORCH_OF:
-        if number >= first and found < oldest:
+        if number >= Version(first) and found < Version(oldest):
             raise BackendUnusableError(
                 f"{DISTRIBUTION} {version} is installed beside torch {torch.__version__}",
                 reason=ReasonCode.IMPORT_FAILED,
@@ -190,7 +190,7 @@ def _require_new_toolkit(folder: Path, chip: Chip | None) -> None:
         found = Version(said["cuda"]["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return
-    if found < oldest:
+    if found < Version(oldest):
         whose = "Blackwell" if for_blackwell else "DeepGEMM"
         raise BackendUnusableError(
             f"the CUDA toolkit at {folder} is {found}",

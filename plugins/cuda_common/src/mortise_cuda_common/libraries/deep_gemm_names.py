@@ -46,14 +46,14 @@ PAGED_NAMES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 """What the indexer calls besides; a library without them can multiply all the same."""
 
-TWO_DIMENSIONS: Final = (Version("2.4.2"), Version("2.8"))
+TWO_DIMENSIONS: Final = ("2.4.2", "2.8")
 """Versions that take lengths ``[rows, next_n]`` and give a row's logits in its own columns."""
 
-TWO_DIMENSIONS_OF_THE_FORK: Final = (Version("0.1.0"), Version("0.2.3"))
+TWO_DIMENSIONS_OF_THE_FORK: Final = ("0.1.0", "0.2.3")
 """The fork counts by itself."""
 
-ANY_NEXT_N: Final = Version("2.5")
-ANY_NEXT_N_OF_THE_FORK: Final = Version("0.1.5")
+ANY_NEXT_N: Final = "2.5"
+ANY_NEXT_N_OF_THE_FORK: Final = "0.1.5"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +143,8 @@ def _of_version(version: str) -> tuple[str, bool]:
         return f"the version of deep_gemm, {version!r}, does not tell how it takes lengths", False
     is_fork = number.major == 0
     first, behind = TWO_DIMENSIONS_OF_THE_FORK if is_fork else TWO_DIMENSIONS
-    if number < first:
+    if number < Version(first):
         return f"deep_gemm {version} takes lengths in one dimension; {first} is the first", False
-    if Version(number.base_version) >= behind:
+    if Version(number.base_version) >= Version(behind):
         return f"deep_gemm {version} gives compressed logits, as all do from {behind} on", False
-    return "", number >= (ANY_NEXT_N_OF_THE_FORK if is_fork else ANY_NEXT_N)
+    return "", number >= Version(ANY_NEXT_N_OF_THE_FORK if is_fork else ANY_NEXT_N)
