@@ -52,6 +52,8 @@ def test_a_case_that_asks_for_too_much_is_found_out() -> None:
     signature = {name: kind for name, kind in case.signature.items() if name != "num_tokens"}
     with pytest.raises(ValueError, match=r"\['num_tokens'\] are parameters of the case or of"):
         compile_ahead(replace(case, signature=signature), chip)
+    with pytest.raises(ValueError, match=r"asks of no \['num_tokens'\] whether 16 divides it"):
+        compile_ahead(replace(case, divisible_by_16=("qkvz", "num_tokens")), chip)
     # A block of so many numbers for each thread cannot be kept in its registers.
     greedy = {**case.constants, "BLOCK_TOKENS": 256}
     with pytest.raises(AssertionError, match="spilled"):

@@ -16,7 +16,7 @@ from mortise.reference.qkv import qkv_split
 from mortise_cuda_common import qkv
 from mortise_cuda_common.chip import EMULATED, Architecture
 from mortise_cuda_common.kernels.qkv_kernel import split_kernel
-from mortise_cuda_common.kernels.qkv_plan import NUM_WARPS, split_plan, value_columns
+from mortise_cuda_common.kernels.qkv_plan import split_plan, value_columns
 from mortise_cuda_common.programs.emulated import EmulatedPrograms
 from mortise_cuda_common.runtime import Runtime
 
@@ -242,25 +242,3 @@ def test_tritons_own_interpreter_agrees(layout: QKVLayout, sizes: tuple[int, ...
         plan.constants,
     )
     check(found, *inputs, of)
-
-
-def test_warming_asks_for_what_a_launch_does() -> None:
-    """Otherwise the first prompt would wait for the compiler."""
-    asked: list[tuple[object, ...]] = []
-
-    class Recording(EmulatedPrograms):
-        def warm(self, source, arguments, constants, *, num_warps=4, num_stages=3):  # type: ignore[no-untyped-def]
-            asked.append((source, arguments, dict(constants), num_warps, num_stages))
-
-        def launch(self, source, grid, arguments, constants, *, num_warps=4, num_stages=3):  # type: ignore[no-untyped-def]
-            kinds = [one.dtype if isinstance(one, torch.Tensor) else one for one in arguments]
-            asked.append((source, kinds, dict(constants), num_warps, num_stages))
-
-    runtime = Runtime(chip=RUNTIME.chip, device=RUNTIME.device, emulated=True, programs=Recording())
-    qkv.warm(runtime.programs, QWEN3_NEXT, torch.bfloat16)
-    qkv.split(runtime, *projections(QWEN3_NEXT, 1, torch.bfloat16), QWEN3_NEXT)
-    warmed, launched = asked
-    assert warmed == launched
-    assert warmed[3] == NUM_WARPS
-    qkv.warm(runtime.programs, QWEN3_NEXT, torch.float64)
-    assert len(asked) == 2

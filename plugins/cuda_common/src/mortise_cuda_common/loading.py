@@ -57,7 +57,7 @@ def load_runtime(
     chip = chip_of(number, architectures)
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
-    programs = CompiledPrograms()
+    programs = CompiledPrograms(device)
     deep_gemm, why_not = _deep_gemm(chip, device, options)
     return Runtime(
         chip=chip,

@@ -13,7 +13,6 @@ from mortise_cuda_common.kernels.qkv_plan import NUM_WARPS, split_plan
 
 if TYPE_CHECKING:
     from mortise.plugin import QKVShape
-    from mortise_cuda_common.programs.base import Programs
     from mortise_cuda_common.runtime import Runtime
 
 DTYPES: Final = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -55,24 +54,6 @@ def split(
         num_warps=NUM_WARPS,
     )
     return parts
-
-
-def warm(programs: Programs, shape: QKVShape, dtype: torch.dtype) -> None:
-    """Do before the first split of one shape what it would wait for.
-
-    Args:
-        programs: of the runtime.
-        shape: of the projections, whose rows are taken to be dense.
-        dtype: of the projections.
-    """
-    if dtype not in DTYPES:
-        return
-    values = shape.num_value_heads * shape.value_head_dim
-    keys = shape.num_key_heads * shape.key_head_dim
-    strides = (2 * keys + 2 * values, 2 * shape.num_value_heads)
-    plan = split_plan(shape, dtype.itemsize)
-    arguments = [*[dtype] * 6, 1, *strides]
-    programs.warm(split_kernel, arguments, plan.constants, num_warps=NUM_WARPS)
 
 
 def _with_dense_columns(projected: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ def compile_ahead(case: CompileCase, architecture: Architecture) -> Compiled:
 
     Raises:
         ModuleNotFoundError: Triton is not installed.
-        ValueError: the case has not the program's parameters.
+        ValueError: the case has not the program's parameters, or knows more of them than a launch.
     """
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
@@ -81,6 +81,13 @@ def _source(case: CompileCase, triton: Any) -> dict[str, Any]:
     divisible = case.divisible_by_16
     if divisible is None:
         divisible = tuple(name for name, kind in case.signature.items() if kind.startswith("*"))
+    unknown = [
+        name
+        for name in divisible
+        if not case.signature[name].startswith("*") and not name.endswith("stride")
+    ]
+    if unknown:
+        raise ValueError(f"{case.name}: a launch asks of no {unknown} whether 16 divides it")
     return {
         "fn": triton.jit(case.source),
         "signature": {name: case.signature.get(name, "constexpr") for name in names},

@@ -46,26 +46,6 @@ class Programs(ABC):
             num_stages: of its loops that are pipelined.
         """
 
-    @abstractmethod
-    def warm(
-        self,
-        source: Callable[..., None],
-        arguments: Sequence[Any],
-        constants: Mapping[str, int | float | bool],
-        *,
-        num_warps: int = 4,
-        num_stages: int = 3,
-    ) -> None:
-        """Do before the first launch what a launch would wait for; threads may do it side by side.
-
-        Args:
-            source: the program.
-            arguments: as of :meth:`launch`, with its dtype instead of each tensor.
-            constants: as of :meth:`launch`.
-            num_warps: as of :meth:`launch`.
-            num_stages: as of :meth:`launch`.
-        """
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileCase:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CompiledPrograms(Programs):
-    """Compiles each program when it is first warmed or launched.
+    """Compiles each program when it is first launched.
 
     Triton compiles a program once for every choice of constants and of formats of its arguments,
     and keeps what it compiled in its own directory for later processes. Of a number that is no
@@ -26,7 +26,7 @@ class CompiledPrograms(Programs):
     no step shall wait for a compiler.
 
     Args:
-        device: the GPU; the current one of each thread by default.
+        device: the GPU, whichever is the current one of the thread that launches; None is that one.
 
     Raises:
         BackendUnusableError: Triton is missing or cannot be imported.
@@ -55,24 +55,6 @@ class CompiledPrograms(Programs):
         program = self._program(source, arguments)
         with torch.cuda.device(self._device):
             program[(grid,)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
-
-    def warm(
-        self,
-        source: Callable[..., None],
-        arguments: Sequence[Any],
-        constants: Mapping[str, int | float | bool],
-        *,
-        num_warps: int = 4,
-        num_stages: int = 3,
-    ) -> None:
-        """Compile, and load onto the GPU, what a launch would, without one."""
-        program = self._program(source, arguments)
-        with torch.cuda.device(self._device):
-            compiled = program.warmup(
-                *arguments, grid=(1,), **constants, num_warps=num_warps, num_stages=num_stages
-            )
-            # To ask for the launcher loads the program.
-            _ = compiled.run
 
     def _program(self, source: Callable[..., None], arguments: Sequence[Any]) -> Any:
         """The program as Triton's; one object for each source."""

@@ -75,17 +75,6 @@ class EmulatedPrograms(Programs):
                 names["tl"] = Language(place, grid)
                 program(*passed, **constants)
 
-    def warm(
-        self,
-        source: Callable[..., None],
-        arguments: Sequence[Any],
-        constants: Mapping[str, int | float | bool],
-        *,
-        num_warps: int = 4,
-        num_stages: int = 3,
-    ) -> None:
-        """Nothing: nothing is compiled here."""
-
 
 def _passed(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):

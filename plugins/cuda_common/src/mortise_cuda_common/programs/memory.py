@@ -231,17 +231,21 @@ def _lanes_to_write(
     pointer: Pointer, raw: torch.Tensor, mask: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     offsets = pointer.lanes()
-    there = None if mask is None else plain_value(mask).data
-    for further in (raw, there):
-        if further is not None and torch.broadcast_shapes(offsets.shape, further.shape) != (
-            offsets.shape
-        ):
-            raise ValueError(f"a block of {list(further.shape)} for {pointer.shape} addresses")
-    raw = raw.broadcast_to(offsets.shape)
-    if there is None or bool(there.all()):
+    raw = _as_wide(raw, offsets)
+    if mask is None:
         return offsets.reshape(-1), raw.reshape(-1)
-    there = there.broadcast_to(offsets.shape)
+    there = _as_wide(plain_value(mask).data, offsets)
+    if bool(there.all()):
+        return offsets.reshape(-1), raw.reshape(-1)
     return offsets[there], raw[there]
+
+
+def _as_wide(block: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    try:
+        return block.expand(offsets.shape)
+    except RuntimeError:
+        shapes = f"{list(block.shape)} for {list(offsets.shape)}"
+        raise ValueError(f"a block of {shapes} addresses") from None
 
 
 def _refuse(outside: bool, pointer: Pointer) -> None:
