@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -30,7 +31,7 @@ from mortise.reference import attention as reference
 from mortise_cuda_common.chip import Architecture
 from mortise_cuda_common.index_launch import fused_kv
 from mortise_cuda_common.indexer import Indexer
-from mortise_cuda_common.schedule import sm90_walk, sm100_walk
+from mortise_cuda_common.schedule import sm90_schedule, sm90_walk, sm100_schedule, sm100_walk
 
 CHIPS = (Architecture.SM90, Architecture.SM100)
 
@@ -156,6 +157,25 @@ def test_no_row_and_no_key_launch_nothing(way: Way, mode: ForwardMode) -> None:
     assert none.scores(way.indexer(programs), way.num_workers, mode).shape == (0, 0)
     assert blank.scores(way.indexer(programs), way.num_workers, mode).shape == (2, 0)
     assert not programs.launches
+
+
+@EVERY_WAY
+def test_the_schedule_is_that_of_the_planned_lengths(way: Way) -> None:
+    """Also where DeepGEMM was given more rows than there are, so that it is compiled less often."""
+    is_sm100 = way.deep_gemm and way.architecture.is_blackwell
+    plan = sm100_schedule if is_sm100 else sm90_schedule
+    rng = random.Random(4)
+    for rows in [1, 2, 31, 32, 33, 64, 100, 129, *range(3, 30)]:
+        next_n = rng.choice([1, 2, 3, 4])
+        last = [rng.randint(0, 3000) for _ in range(rows)]
+        lens = [[max(length - back, 0) for back in range(next_n)][::-1] for length in last]
+        metadata = way.indexer().metadata(
+            torch.tensor(lens, dtype=torch.int32), BLOCK, way.num_workers, ForwardMode.DECODE
+        )
+        native = way.deep_gemm and (is_sm100 or next_n <= 2)
+        assert metadata.planned_lens is not None and metadata.schedule is not None
+        planned = metadata.planned_lens.view(-1, next_n if native else 1)
+        assert torch.equal(metadata.schedule, plan(planned, way.num_workers))
 
 
 def test_planned_lengths_are_followed_by_one_that_idle_workers_may_read() -> None:
