@@ -17,8 +17,6 @@ from benchmarks.report import report, save
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-DOCUMENTS = "12"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -26,11 +24,13 @@ class Comparison:
 
     Args:
         name: of the result that is kept.
+        documents: held-out texts that are measured, the first of all.
         checkpoints: options of ``mortise quantize``, by the name of what it makes.
         runs: for each column options of ``mortise eval``, and the checkpoints that it can run.
     """
 
     name: str
+    documents: int
     checkpoints: Mapping[str, tuple[str, ...]]
     runs: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
 
@@ -49,6 +49,7 @@ def emulated(backend: str, **options: str) -> tuple[str, ...]:
 
 ASCEND = Comparison(
     name="emulated",
+    documents=12,
     checkpoints={
         "w8a8": ("--scheme", "w8a8"),
         "w4a8": ("--scheme", "w4a8"),
@@ -68,6 +69,7 @@ ASCEND = Comparison(
 )
 CUDA = Comparison(
     name="cuda-emulated",
+    documents=4,
     checkpoints={
         "fp8-block": ("--scheme", "fp8-block"),
         "w4a16": ("--scheme", "w4a16"),
@@ -102,7 +104,7 @@ def measure(comparison: Comparison, name: str, folder: Path) -> dict[str, Any]:
     """The perplexity of every checkpoint on one device, the unquantised model first."""
     options, names = comparison.runs[name]
     against = [text for one in names for text in ("--against", str(folder / one))]
-    found = mortise("eval", "--documents", DOCUMENTS, *options, *against)
+    found = mortise("eval", "--documents", str(comparison.documents), *options, *against)
     unquantised, *scores = found["scores"]
     perplexity = {"bf16": unquantised["perplexity"]} | {
         one: score["perplexity"] for one, score in zip(names, scores, strict=True)
