@@ -25,6 +25,7 @@ from mortise_cuda_common.rows import Kind, Rows
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mortise_cuda_common.kernels.tilings import Tiling
     from mortise_cuda_common.programs.base import Programs
 
 BF16 = torch.bfloat16
@@ -123,6 +124,10 @@ def is_untouched(tensor: torch.Tensor, groups: Groups) -> bool:
     """Whether undefined rows hold what an emulated chip's memory held before."""
     copy = tensor.contiguous().unsqueeze(-1).view(torch.uint8)
     return bool((copy[undefined_rows(groups)] == POISON).all())
+
+
+def tiling_name(tiling: Tiling) -> str:
+    return f"{tiling.block_m} x {tiling.block_n}"
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:

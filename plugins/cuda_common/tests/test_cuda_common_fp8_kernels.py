@@ -25,6 +25,7 @@ from plugins.cuda_common.tests.kernel_cases import (
     places,
     sums,
     swiglu,
+    tiling_name,
 )
 
 from mortise.formats.weights import dequantise_weight
@@ -32,17 +33,18 @@ from mortise.plugin import ScaleFormat
 from mortise_cuda_common.groups import Groups
 from mortise_cuda_common.kernels.fp8_grouped import (
     GATE_UP_TILINGS,
+    NARROW,
     PRODUCT_TILINGS,
     fp8_gate_up,
     fp8_product,
 )
-from mortise_cuda_common.kernels.tilings import tiling_of
 from mortise_cuda_common.rows import Kind, Rows
 
 if TYPE_CHECKING:
     from plugins.cuda_common.tests.kernel_cases import Machine, Near
 
     from mortise.plugin import StoredWeight
+    from mortise_cuda_common.kernels.tilings import Tiling
 
 # Blocks of 128 x 128, fewer columns than one, one and a part; rows of both parts likewise.
 DEPTHS = (128, 80, 272)
@@ -55,6 +57,7 @@ def multiply(
     stored: StoredWeight,
     groups: Groups,
     dtype: torch.dtype = torch.float32,
+    tiling: Tiling | None = None,
 ) -> torch.Tensor:
     assert stored.scale is not None
     return fp8_product(
@@ -65,11 +68,17 @@ def multiply(
         machine.groups(groups),
         dtype,
         num_parts=stored.num_parts,
+        tiling=tiling,
     ).cpu()
 
 
 def gate_up(
-    machine: Machine, rows: Rows, stored: StoredWeight, groups: Groups, then: ScaleFormat | None
+    machine: Machine,
+    rows: Rows,
+    stored: StoredWeight,
+    groups: Groups,
+    then: ScaleFormat | None,
+    tiling: Tiling | None = None,
 ) -> Rows:
     assert stored.scale is not None
     found = fp8_gate_up(
@@ -79,6 +88,7 @@ def gate_up(
         machine.on(stored.scale),
         machine.groups(groups),
         then,
+        tiling=tiling,
     )
     scales = None if found.scales is None else found.scales.cpu()
     return replace(found, values=found.values.cpu(), scales=scales)
@@ -97,6 +107,7 @@ def wanted(machine: Machine, rows: Rows, stored: StoredWeight, expert: int, plac
     depth=st.sampled_from(DEPTHS),
     width=st.sampled_from(WIDTHS),
     scale_format=st.sampled_from(FORMATS),
+    tiling=st.sampled_from([None, NARROW, *PRODUCT_TILINGS]),
 )
 def test_each_group_is_multiplied_by_its_expert(
     machine: Machine,
@@ -104,11 +115,12 @@ def test_each_group_is_multiplied_by_its_expert(
     depth: int,
     width: int,
     scale_format: ScaleFormat,
+    tiling: Tiling | None,
     parts: int,
 ) -> None:
     rows = fp8_rows(depth, groups, depth, scale_format)
     stored = fp8_weight(width, groups, parts * width, depth, parts)
-    found = multiply(machine, rows, stored, groups)
+    found = multiply(machine, rows, stored, groups, tiling=tiling)
     for expert, place in places(groups):
         near = wanted(machine, rows, stored, expert, place).rounded(torch.float32)
         assert near.holds(found[place])
@@ -123,13 +135,19 @@ def test_each_group_is_multiplied_by_its_expert(
     depth=st.sampled_from(DEPTHS),
     width=st.sampled_from(WIDTHS),
     then=st.sampled_from([*FORMATS, None]),
+    tiling=st.sampled_from([None, *GATE_UP_TILINGS]),
 )
 def test_gate_and_up_are_multiplied_gated_and_quantised_at_once(
-    machine: Machine, groups: Groups, depth: int, width: int, then: ScaleFormat | None
+    machine: Machine,
+    groups: Groups,
+    depth: int,
+    width: int,
+    then: ScaleFormat | None,
+    tiling: Tiling | None,
 ) -> None:
     rows = fp8_rows(depth, groups, depth)
     stored = fp8_weight(width, groups, 2 * width, depth, 2)
-    found = gate_up(machine, rows, stored, groups, then)
+    found = gate_up(machine, rows, stored, groups, then, tiling)
     for expert, place in places(groups):
         near = swiglu(wanted(machine, rows, stored, expert, place), machine)
         if then is None:
@@ -152,22 +170,26 @@ def test_the_kind_of_the_gated_rows(machine: Machine) -> None:
     assert scales.stride() == (1, 8)
 
 
-@pytest.mark.parametrize("number", range(len(PRODUCT_TILINGS)))
-def test_tiles_of_every_height(machine: Machine, number: int) -> None:
-    """One group has more rows than a tile, and its last tile has few."""
-    tiling = PRODUCT_TILINGS[number]
+@pytest.mark.parametrize("tiling", [*PRODUCT_TILINGS, NARROW], ids=tiling_name)
+def test_groups_of_more_rows_than_a_tile(machine: Machine, tiling: Tiling) -> None:
     groups = groups_of([tiling.block_m + 3, tiling.block_m - 8])
-    groups = replace(groups, num_rows=2 * tiling.block_m)
-    assert tiling_of(PRODUCT_TILINGS, groups) is tiling
-    assert tiling_of(GATE_UP_TILINGS, groups).block_m == tiling.block_m
-    rows = fp8_rows(number, groups, 144)
-    stored = fp8_weight(number, groups, 2 * 136, 144, 2)
-    products = multiply(machine, rows, stored, groups)
-    gated = gate_up(machine, rows, stored, groups, ScaleFormat.UE8M0)
+    rows = fp8_rows(1, groups, 144)
+    stored = fp8_weight(2, groups, 2 * 136, 144, 2)
+    products = multiply(machine, rows, stored, groups, tiling=tiling)
     for expert, place in places(groups):
         near = wanted(machine, rows, stored, expert, place)
         assert near.rounded(torch.float32).holds(products[place])
-        assert is_quantised(swiglu(near, machine), gated, place, ScaleFormat.UE8M0)
+
+
+@pytest.mark.parametrize("tiling", GATE_UP_TILINGS, ids=tiling_name)
+def test_gated_groups_of_more_rows_than_a_tile(machine: Machine, tiling: Tiling) -> None:
+    groups = groups_of([tiling.block_m + 3, tiling.block_m - 8])
+    rows = fp8_rows(1, groups, 144)
+    stored = fp8_weight(2, groups, 2 * 136, 144, 2)
+    gated = gate_up(machine, rows, stored, groups, ScaleFormat.UE8M0, tiling)
+    for expert, place in places(groups):
+        near = swiglu(wanted(machine, rows, stored, expert, place), machine)
+        assert is_quantised(near, gated, place, ScaleFormat.UE8M0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

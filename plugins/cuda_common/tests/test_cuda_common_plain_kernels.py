@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +18,7 @@ from plugins.cuda_common.tests.kernel_cases import (
     poisoned,
     sums,
     swiglu,
+    tiling_name,
 )
 
 from mortise.formats.weights import dequantise_weight, quantise_weight
@@ -26,13 +26,17 @@ from mortise.plugin import WeightScheme
 from mortise_cuda_common.groups import Groups
 from mortise_cuda_common.kernels import int4_grouped, plain_grouped
 from mortise_cuda_common.kernels.int4_grouped import int4_product
-from mortise_cuda_common.kernels.plain_grouped import plain_gate_up, plain_product
-from mortise_cuda_common.kernels.tilings import tiling_of
+from mortise_cuda_common.kernels.plain_grouped import (
+    PRODUCT_TILINGS,
+    plain_gate_up,
+    plain_product,
+)
 
 if TYPE_CHECKING:
     from plugins.cuda_common.tests.kernel_cases import Machine
 
     from mortise.plugin import StoredWeight
+    from mortise_cuda_common.kernels.tilings import Tiling
 
 # A whole tile of columns, a part of one, several and a part.
 DEPTHS = (64, 24, 136)
@@ -53,7 +57,11 @@ def weight_for(groups: Groups, rows: int, columns: int) -> torch.Tensor:
 
 
 def multiply_int4(
-    machine: Machine, rows_RK: torch.Tensor, stored: StoredWeight, groups: Groups
+    machine: Machine,
+    rows_RK: torch.Tensor,
+    stored: StoredWeight,
+    groups: Groups,
+    tiling: Tiling | None = None,
 ) -> torch.Tensor:
     assert stored.scale is not None
     return int4_product(
@@ -63,6 +71,7 @@ def multiply_int4(
         machine.on(stored.scale),
         machine.groups(groups),
         torch.float32,
+        tiling=tiling,
     ).cpu()
 
 
@@ -140,37 +149,29 @@ def test_every_int4_value(machine: Machine) -> None:
     assert torch.equal(found, torch.stack((values, values * 0.5), dim=1))
 
 
-@pytest.mark.parametrize("number", range(len(plain_grouped.PRODUCT_TILINGS)))
-def test_tiles_of_every_height(machine: Machine, number: int) -> None:
-    """One group has more rows than a tile, and its last tile has few."""
-    tiling = plain_grouped.PRODUCT_TILINGS[number]
+@pytest.mark.parametrize("tiling", [*PRODUCT_TILINGS, plain_grouped.NARROW], ids=tiling_name)
+def test_groups_of_more_rows_than_a_tile(machine: Machine, tiling: Tiling) -> None:
     groups = groups_of([tiling.block_m + 3, tiling.block_m - 8])
-    groups = replace(groups, num_rows=2 * tiling.block_m)
-    for tilings in (
-        plain_grouped.PRODUCT_TILINGS,
-        plain_grouped.GATE_UP_TILINGS,
-        int4_grouped.TILINGS,
-    ):
-        assert tiling_of(tilings, groups).block_m == tiling.block_m
-    rows_RK, weight = rows_for(groups, 72), weight_for(groups, 2 * 136, 72)
-    stored = quantise_weight(weight, WeightScheme.W4A16, group_size=24)
-    weight = weight.to(BF16)
-    there = (
-        machine.programs,
-        machine.on(rows_RK),
-        machine.on(weight),
-        machine.groups(groups),
-        torch.float32,
-    )
-    products, gated = plain_product(*there).cpu(), plain_gate_up(*there).cpu()
-    of_int4 = multiply_int4(machine, rows_RK, stored, groups)
-    widened = dequantise_weight(stored).to(BF16)
+    rows_RK, weight = rows_for(groups, 72), weight_for(groups, 2 * 136, 72).to(BF16)
+    there = (machine.programs, machine.on(rows_RK), machine.on(weight), machine.groups(groups))
+    products = plain_product(*there, torch.float32, tiling=tiling).cpu()
+    gated = plain_gate_up(*there, torch.float32, tiling=tiling).cpu()
     for expert, place in places(groups):
         near = sums(rows_RK[place], weight[expert], error(machine, 72))
         assert near.rounded(torch.float32).holds(products[place])
         assert swiglu(near, machine).rounded(torch.float32).holds(gated[place])
-        near = sums(rows_RK[place], widened[expert], error(machine, 72))
-        assert near.rounded(torch.float32).holds(of_int4[place])
+
+
+@pytest.mark.parametrize("tiling", [*int4_grouped.TILINGS, int4_grouped.NARROW], ids=tiling_name)
+def test_groups_of_more_rows_than_a_tile_times_int4(machine: Machine, tiling: Tiling) -> None:
+    groups = groups_of([tiling.block_m + 3, tiling.block_m - 8])
+    rows_RK = rows_for(groups, 72)
+    stored = quantise_weight(weight_for(groups, 136, 72), WeightScheme.W4A16, group_size=24)
+    found = multiply_int4(machine, rows_RK, stored, groups, tiling)
+    weight = dequantise_weight(stored).to(BF16)
+    for expert, place in places(groups):
+        near = sums(rows_RK[place], weight[expert], error(machine, 72))
+        assert near.rounded(torch.float32).holds(found[place])
 
 
 def test_no_rows_at_all(machine: Machine) -> None:

@@ -14,6 +14,7 @@ from mortise_cuda_common.kernels.fp8_grouped_kernel import gate_up_program, prod
 from mortise_cuda_common.kernels.fp8_rows import kind_of
 from mortise_cuda_common.kernels.outputs import undefined, undefined_scales
 from mortise_cuda_common.kernels.tilings import (
+    CHIPS,
     TILES_ABREAST,
     Constants,
     Tiling,
@@ -35,6 +36,9 @@ PRODUCT_TILINGS: Final = (
 )
 """Tiles of 128 weight rows."""
 
+NARROW: Final = Tiling(block_m=64, block_n=32, weight_first=False, num_warps=4, num_stages=5)
+"""For few rows and few weights, so that every multiprocessor loads some of them."""
+
 GATE_UP_TILINGS: Final = (
     Tiling(block_m=16, weight_first=True, num_warps=4, num_stages=3),
     Tiling(block_m=32, weight_first=True, num_warps=8, num_stages=3),
@@ -53,6 +57,7 @@ def fp8_product(
     out_dtype: torch.dtype,
     *,
     num_parts: int = 1,
+    tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """Multiply each group of rows by the weight of its expert.
 
@@ -67,6 +72,7 @@ def fp8_product(
         groups: of the rows.
         out_dtype: of the result.
         num_parts: equal parts of N that were projections of their own.
+        tiling: how it is compiled; None chooses by shapes.
 
     Returns:
         ``[R, N]``; rows of no group are undefined.
@@ -76,10 +82,11 @@ def fp8_product(
     num_groups, num_columns, depth = weight.shape
     assert scale.shape == _scale_shape(num_groups, num_columns, depth, num_parts)
     out_RN = undefined((groups.num_rows, num_columns), out_dtype, values.device)
-    tiling = tiling_of(PRODUCT_TILINGS, groups)
+    tiling = tiling or tiling_of(PRODUCT_TILINGS, groups, num_columns, NARROW)
+    column_tiles = num_parts * -(-(num_columns // num_parts) // tiling.block_n)
     programs.launch(
         product_program,
-        groups.most_tiles(tiling.block_m) * scale.shape[1],
+        groups.most_tiles(tiling.block_m) * column_tiles,
         (
             values,
             rows.scales,
@@ -106,6 +113,7 @@ def fp8_gate_up(
     then: ScaleFormat | None,
     *,
     out_dtype: torch.dtype = torch.bfloat16,
+    tiling: Tiling | None = None,
 ) -> Rows:
     """Multiply each group by gate over up of its expert, gate the sums, and quantise: one program.
 
@@ -119,6 +127,7 @@ def fp8_gate_up(
         groups: of the rows.
         then: format of the scales of the result; None leaves it unquantised.
         out_dtype: of an unquantised result.
+        tiling: how it is compiled, 128 weight rows a tile; None chooses by shapes.
 
     Returns:
         Rows ``[R, I]``; those of no group are undefined.
@@ -132,7 +141,8 @@ def fp8_gate_up(
     dtype = torch.float8_e4m3fn if quantised else out_dtype
     out_RI = undefined((groups.num_rows, width), dtype, values.device)
     out_scales = undefined_scales(groups.num_rows, width, values.device) if quantised else None
-    tiling = tiling_of(GATE_UP_TILINGS, groups)
+    tiling = tiling or tiling_of(GATE_UP_TILINGS, groups)
+    assert tiling.block_n == GROUP
     programs.launch(
         gate_up_program,
         groups.most_tiles(tiling.block_m) * -(-width // GROUP),
@@ -182,7 +192,7 @@ def _tile_constants(num_groups: int, tiling: Tiling) -> Constants:
     return {
         **group_constants(num_groups),
         "BLOCK_M": tiling.block_m,
-        "BLOCK_N": GROUP,
+        "BLOCK_N": tiling.block_n,
         "BLOCK_K": GROUP,
         "WEIGHT_FIRST": tiling.weight_first,
         "TILES_ABREAST": TILES_ABREAST,
@@ -202,7 +212,8 @@ _TCGEN05: Final = r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4"
 
 
 def _instructions(tiling: Tiling) -> dict[Architecture, str]:
-    columns = rf"{tiling.block_m}" if tiling.weight_first else r"(64|128)"
+    # Eight warps may share the columns of a tile.
+    columns = tiling.block_m if tiling.weight_first else rf"({tiling.block_n}|64)"
     return {
         Architecture.SM90: rf"wgmma\.mma_async\S*\.m64n{columns}k32\.f32\.e4m3\.e4m3",
         Architecture.SM100: _TCGEN05,
@@ -210,15 +221,23 @@ def _instructions(tiling: Tiling) -> dict[Architecture, str]:
     }
 
 
-def _product_case(tiling: Tiling, num_columns: int, depth: int, num_parts: int = 1) -> CompileCase:
+def _product_case(
+    tiling: Tiling,
+    num_columns: int,
+    depth: int,
+    num_parts: int = 1,
+    *,
+    num_groups: int = 32,
+    chips: tuple[Architecture, ...] = CHIPS,
+) -> CompileCase:
     pointers = {**_POINTERS, "out": "*bf16", **_PLACES}
     strides = ("scale_row_step", "scale_column_step")
     return CompileCase(
-        name=f"fp8 product {num_columns} x {depth}, {tiling.block_m} rows a tile",
+        name=f"fp8 product {num_groups} x {num_columns} x {depth}, {tiling.block_m} rows a tile",
         source=product_program,
         signature={**pointers, **dict.fromkeys(strides, "i32")},
-        constants=_product_constants(32, num_columns, depth, num_parts, tiling),
-        architectures=tuple(Architecture),
+        constants=_product_constants(num_groups, num_columns, depth, num_parts, tiling),
+        architectures=chips,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         instructions=MappingProxyType(_instructions(tiling)),
@@ -226,7 +245,13 @@ def _product_case(tiling: Tiling, num_columns: int, depth: int, num_parts: int =
     )
 
 
-def _gate_up_case(tiling: Tiling, width: int, depth: int, then: ScaleFormat | None) -> CompileCase:
+def _gate_up_case(
+    tiling: Tiling,
+    width: int,
+    depth: int,
+    then: ScaleFormat | None,
+    chips: tuple[Architecture, ...] = CHIPS,
+) -> CompileCase:
     out = {
         "out": "*bf16" if then is None else "*fp8e4nv",
         "out_scales": "*bf16" if then is None else "*fp32",
@@ -237,7 +262,7 @@ def _gate_up_case(tiling: Tiling, width: int, depth: int, then: ScaleFormat | No
         source=gate_up_program,
         signature={**_POINTERS, **out, **_PLACES, **dict.fromkeys(strides, "i32")},
         constants=_gate_up_constants(32, width, depth, then, tiling),
-        architectures=tuple(Architecture),
+        architectures=chips,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         instructions=MappingProxyType(_instructions(tiling)),
@@ -247,10 +272,11 @@ def _gate_up_case(tiling: Tiling, width: int, depth: int, then: ScaleFormat | No
 
 CASES: Final = (
     *(_product_case(tiling, 7168, 2048) for tiling in PRODUCT_TILINGS),
-    _product_case(PRODUCT_TILINGS[-1], 2 * 1344, 2880, 2),
+    _product_case(PRODUCT_TILINGS[-1], 2 * 1344, 2880, 2, chips=tuple(Architecture)),
+    _product_case(NARROW, 2112, 7168, num_groups=1),
     *(_gate_up_case(tiling, 2048, 7168, ScaleFormat.UE8M0) for tiling in GATE_UP_TILINGS),
     *(_gate_up_case(tiling, 2048, 7168, ScaleFormat.FLOAT32) for tiling in GATE_UP_TILINGS[::3]),
-    _gate_up_case(GATE_UP_TILINGS[0], 1344, 2880, ScaleFormat.UE8M0),
+    _gate_up_case(GATE_UP_TILINGS[0], 1344, 2880, ScaleFormat.UE8M0, tuple(Architecture)),
     _gate_up_case(GATE_UP_TILINGS[2], 2048, 7168, None),
 )
-"""Experts of DeepSeek-V3 in every tiling, and sizes that are no multiples of 128."""
+"""Experts and a projection of DeepSeek-V3, and sizes that are no multiples of 128."""

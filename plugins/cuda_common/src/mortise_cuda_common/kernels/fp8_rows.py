@@ -11,7 +11,12 @@ from mortise.plugin import ScaleFormat
 from mortise_cuda_common.chip import Architecture
 from mortise_cuda_common.kernels.outputs import undefined, undefined_scales
 from mortise_cuda_common.kernels.rows_kernel import rows_program
-from mortise_cuda_common.kernels.tilings import Constants, group_constants, rows_of_a_group
+from mortise_cuda_common.kernels.tilings import (
+    CHIPS,
+    Constants,
+    group_constants,
+    rows_of_a_group,
+)
 from mortise_cuda_common.programs.base import CompileCase
 from mortise_cuda_common.rows import Kind, Rows
 
@@ -130,7 +135,12 @@ def kind_of(scale_format: ScaleFormat | None) -> Kind:
 
 
 def case(
-    width: int, *, gated: bool, scale_format: ScaleFormat | None, block_m: int = BLOCKS_M[-1]
+    width: int,
+    *,
+    gated: bool,
+    scale_format: ScaleFormat | None,
+    block_m: int = BLOCKS_M[-1],
+    chips: tuple[Architecture, ...] = CHIPS,
 ) -> CompileCase:
     """One way in which rows of 256 experts are taken."""
     what = ("gated " if gated else "") + kind_of(scale_format).value
@@ -148,7 +158,7 @@ def case(
             "out_scale_step": "i32",
         },
         constants=constants(width, 256, block_m, gated=gated, scale_format=scale_format),
-        architectures=tuple(Architecture),
+        architectures=chips,
         num_warps=NUM_WARPS,
         num_stages=1,
         divisible_by_16=("rows", "out", "out_scales", "first_rows", "counts", "row_stride"),
@@ -162,6 +172,6 @@ def _block_m(rows: int) -> int:
 CASES: Final = (
     case(7168, gated=False, scale_format=ScaleFormat.FLOAT32),
     case(7168, gated=False, scale_format=ScaleFormat.UE8M0, block_m=BLOCKS_M[0]),
-    case(1000, gated=False, scale_format=ScaleFormat.UE8M0),
+    case(1000, gated=False, scale_format=ScaleFormat.UE8M0, chips=tuple(Architecture)),
 )
 """Rows of DeepSeek-V3, and rows whose last scale is one of fewer columns."""

@@ -11,6 +11,7 @@ from mortise_cuda_common.chip import Architecture
 from mortise_cuda_common.kernels.int4_grouped_kernel import product_program
 from mortise_cuda_common.kernels.outputs import undefined
 from mortise_cuda_common.kernels.tilings import (
+    CHIPS,
     TILES_ABREAST,
     Constants,
     Tiling,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mortise_cuda_common.groups import Groups
     from mortise_cuda_common.programs.base import Programs
 
-BLOCK_N: Final = 128
 BLOCK_K: Final = 64
 VALUES_PER_WORD: Final = 8
 
@@ -35,6 +35,9 @@ TILINGS: Final = (
 )
 """Tiles of 128 weight rows, always the first operand: that one may be unpacked in registers."""
 
+NARROW: Final = Tiling(block_m=64, block_n=64, weight_first=True, num_warps=4, num_stages=4)
+"""For few rows and few weights, so that more multiprocessors load some of them."""
+
 
 def int4_product(
     programs: Programs,
@@ -43,6 +46,8 @@ def int4_product(
     scale: torch.Tensor,
     groups: Groups,
     out_dtype: torch.dtype,
+    *,
+    tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """Multiply each group of rows by the weight of its expert; sums in float32, rounded once.
 
@@ -55,6 +60,7 @@ def int4_product(
         scale: float32 ``[E, N, G]``, for groups of a multiple of 8 columns.
         groups: of the rows.
         out_dtype: of the result.
+        tiling: how it is compiled; None chooses by shapes.
 
     Returns:
         ``[R, N]``; rows of no group are undefined.
@@ -62,11 +68,11 @@ def int4_product(
     assert rows_RK.dtype is torch.bfloat16
     words, scale = words.contiguous(), scale.contiguous()
     num_groups, num_columns, num_words = words.shape
-    tiling = tiling_of(TILINGS, groups)
+    tiling = tiling or tiling_of(TILINGS, groups, num_columns, NARROW)
     out_RN = undefined((groups.num_rows, num_columns), out_dtype, rows_RK.device)
     programs.launch(
         product_program,
-        groups.most_tiles(tiling.block_m) * -(-num_columns // BLOCK_N),
+        groups.most_tiles(tiling.block_m) * -(-num_columns // tiling.block_n),
         (rows_RK.contiguous(), words, scale, out_RN, groups.first_rows, groups.counts),
         _constants(num_groups, num_columns, num_words * VALUES_PER_WORD, scale.shape[2], tiling),
         num_warps=tiling.num_warps,
@@ -90,7 +96,7 @@ def _constants(
         "COLUMN_GROUPS": column_groups,
         **group_constants(num_groups),
         "BLOCK_M": tiling.block_m,
-        "BLOCK_N": BLOCK_N,
+        "BLOCK_N": tiling.block_n,
         "BLOCK_K": BLOCK_K,
         "TILES_ABREAST": TILES_ABREAST,
     }
@@ -99,9 +105,18 @@ def _constants(
 _TCGEN05: Final = r"tcgen05\.mma\.cta_group::1\.kind::f16"
 
 
-def _case(num_columns: int, depth: int, column_groups: int, tiling: Tiling) -> CompileCase:
+def _case(
+    num_columns: int,
+    depth: int,
+    column_groups: int,
+    tiling: Tiling,
+    *,
+    num_groups: int = 32,
+    chips: tuple[Architecture, ...] = CHIPS,
+) -> CompileCase:
     return CompileCase(
-        name=f"int4 product {num_columns} x {depth}, {column_groups} scales, {tiling.block_m} rows",
+        name=f"int4 product {num_groups} x {num_columns} x {depth}, {column_groups} scales, "
+        f"{tiling.block_m} rows",
         source=product_program,
         signature={
             "rows": "*bf16",
@@ -111,8 +126,8 @@ def _case(num_columns: int, depth: int, column_groups: int, tiling: Tiling) -> C
             "first_rows": "*i32",
             "counts": "*i32",
         },
-        constants=_constants(32, num_columns, depth, column_groups, tiling),
-        architectures=tuple(Architecture),
+        constants=_constants(num_groups, num_columns, depth, column_groups, tiling),
+        architectures=chips,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         instructions=MappingProxyType(
@@ -129,6 +144,7 @@ CASES: Final = (
     *(_case(7168, 2048, 16, tiling) for tiling in TILINGS),
     _case(7168, 2048, 1, TILINGS[-1]),
     _case(7168, 2048, 64, TILINGS[-1]),
-    _case(1352, 2880, 90, TILINGS[0]),
+    _case(1352, 2880, 90, TILINGS[0], chips=tuple(Architecture)),
+    _case(2112, 7168, 56, NARROW, num_groups=1),
 )
 """Scales for 128 columns in every tiling; for all columns, for 32; and sizes not those of tiles."""

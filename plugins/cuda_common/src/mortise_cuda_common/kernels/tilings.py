@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from mortise_cuda_common.chip import Architecture
+
 if TYPE_CHECKING:
     from mortise_cuda_common.groups import Groups
 
@@ -17,12 +19,20 @@ MASKED_ROWS: Final = 64
 """Slots of masked rows are sized for the worst case, so more rows than this are not expected."""
 
 
+FEW_PROGRAMS: Final = 132
+"""Fewer leave multiprocessors of an H100 without work; others have about as many."""
+
+CHIPS: Final = (Architecture.SM90, Architecture.SM100)
+"""What most cases are compiled for; for the third chip, which is the second's kin, one of each."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
     """One way to compile a grouped product.
 
     Args:
         block_m: rows of a tile.
+        block_n: weight rows of a tile.
         weight_first: whether the weight is the first operand of the tensor core: the first is a
             multiple of 64 high, the second of 8 or 16, so that few rows are best second.
         num_warps, num_stages: of a program.
@@ -30,21 +40,33 @@ class Tiling:
     """
 
     block_m: int
+    block_n: int = 128
     weight_first: bool
     num_warps: int
     num_stages: int
     most_spilled_bytes: int = 0
 
 
-def tiling_of(tilings: tuple[Tiling, ...], groups: Groups) -> Tiling:
+def tiling_of(
+    tilings: tuple[Tiling, ...],
+    groups: Groups,
+    num_columns: int = 0,
+    narrow: Tiling | None = None,
+) -> Tiling:
     """The smallest that holds the rows of a group in one tile, else the largest.
 
     Args:
         tilings: from the smallest to the largest.
         groups: of the rows.
+        num_columns: of the result.
+        narrow: instead of them for few rows, where they would make too few programs.
     """
     rows = rows_of_a_group(groups)
-    return next((tiling for tiling in tilings if tiling.block_m >= rows), tilings[-1])
+    tiling = next((tiling for tiling in tilings if tiling.block_m >= rows), tilings[-1])
+    if narrow is None or rows > narrow.block_m:
+        return tiling
+    programs = groups.num_groups * -(-num_columns // tiling.block_n)
+    return narrow if programs < FEW_PROGRAMS else tiling
 
 
 def rows_of_a_group(groups: Groups) -> int:
