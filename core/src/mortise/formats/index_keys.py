@@ -43,8 +43,9 @@ def hadamard(size: int, device: torch.device) -> torch.Tensor:
         device: where it is made.
     """
     assert size.bit_count() == 1
-    matrix = torch.ones(1, 1, device=device)
+    # On the host: of a meta tensor torch joins parts in Python, for which it loads its compiler.
+    matrix = torch.ones(1, 1)
     while len(matrix) < size:
         above = torch.cat([matrix, matrix], dim=1)
         matrix = torch.cat([above, torch.cat([matrix, -matrix], dim=1)])
-    return matrix.mul_(float(size) ** -0.5)
+    return matrix.mul_(float(size) ** -0.5).to(device)
