@@ -155,6 +155,9 @@ def test_unpacking_takes_words_that_lie_apart() -> None:
     apart = pack_ue8m0(scale).T.contiguous().T
     assert not apart.is_contiguous()
     assert torch.equal(unpack_ue8m0(apart, 8), scale)
+    one_column = apart[:, :1]
+    assert one_column.stride() == (1, 3)
+    assert torch.equal(unpack_ue8m0(one_column, 4), scale[:, :4])
 
 
 # Rows.

@@ -56,7 +56,9 @@ def pack_ue8m0(scale: torch.Tensor) -> torch.Tensor:
 
 def unpack_ue8m0(packed: torch.Tensor, num_columns: int) -> torch.Tensor:
     """Unpack int32 ``[..., ceil(C/4)]`` into float32 ``[..., C]``, C being ``num_columns``."""
-    exponents = packed.contiguous().view(torch.uint8)[..., :num_columns]
+    # A copy: a single column may have any stride, is contiguous, and yet cannot be viewed as bytes.
+    exponents = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    exponents = exponents[..., :num_columns]
     return (exponents.to(torch.int32) << _MANTISSA_BITS).view(torch.float32)
 
 
