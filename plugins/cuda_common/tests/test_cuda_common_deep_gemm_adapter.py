@@ -80,7 +80,7 @@ def test_one_product(library: DeepGEMM) -> None:
     scale = library.prepare_weight_scale(b.scale, 136, 256)
     out = library.fp8_linear(as_rows(a), b.values, scale)
     assert difference_of(out, a.exact @ b.exact.T) < MOST_DIFFERENCE
-    none = Rows(values=a.values[:0], scales=a.scale[:0], kind=Kind.FP8)
+    none = Rows(values=a.values[:0], scales=a.scale[:0], kind=Kind.FP8_UE8M0)
     assert library.fp8_linear(none, b.values, scale).shape == (0, 136)
 
 
@@ -174,8 +174,14 @@ def test_what_would_be_wrong_without_an_error_is_refused(library: DeepGEMM) -> N
     assert caught.value.reason is ReasonCode.CONTRACT_BROKEN
     with pytest.raises(ContractError, match=r"results of torch\.float32"):
         library.fp8_linear(as_rows(a), b.values[0], scale[0], torch.float32)
-    with pytest.raises(ContractError, match="without scales"):
+    with pytest.raises(ContractError, match="rows of kind plain"):
         library.fp8_linear(Rows(values=a.values[0], kind=Kind.PLAIN), b.values[0], scale[0])
+    any_scale = Rows(values=a.values[0], scales=a.scale[0], kind=Kind.FP8)
+    if library.packs_scales:
+        with pytest.raises(ContractError, match="rows of kind fp8 reached"):
+            library.fp8_linear(any_scale, b.values[0], scale[0])
+    else:
+        assert library.fp8_linear(any_scale, b.values[0], scale[0]).shape == (64, 8)
     with pytest.raises(ContractError, match="are 2 x 1"):
         library.prepare_weight_scale(torch.ones(3, 2, 1), 100, 128)
 
@@ -320,6 +326,33 @@ def test_what_a_first_product_dies_of_is_told_from_its_root() -> None:
     first, *_, last = str(caught.value).splitlines()
     assert first == "OSError: nvcc fatal : Unsupported gpu architecture 'compute_90a'"
     assert last.startswith("  remedy: check that the CUDA toolkit at CUDA_HOME")
+
+
+class Foreign:
+    """A tensor of another library, which gives it away by its memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self._tensor.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self._tensor.__dlpack_device__()
+
+
+def test_tensors_of_another_library_become_torchs() -> None:
+    made = UpstreamDeepGEMM(HOPPER)
+
+    def foreign(name: str) -> Any:
+        return lambda *given: Foreign(getattr(made, name)(*given))
+
+    names = ("get_paged_mqa_logits_metadata", "get_mn_major_tma_aligned_tensor")
+    found = DeepGEMM.of(emulated(HOPPER, **{name: foreign(name) for name in names}), HOPPER, CPU)
+    plan = found.paged_mqa_metadata(torch.full((3, 1), 700, dtype=torch.int32), 64, 132)
+    assert isinstance(plan, torch.Tensor)
+    assert plan.shape == (133, 2)
+    assert found.prepare_row_scales(torch.ones(13, 2)).stride() == (1, 16)
 
 
 def test_nothing_that_the_library_keeps_for_the_process_is_changed() -> None:

@@ -50,6 +50,16 @@ def test_rows_between_groups_are_not_looked_at() -> None:
         library.get_mn_major_tma_aligned_packed_ue8m0_tensor(scales)
 
 
+def test_packed_scales_are_read_by_rows_or_side_by_side() -> None:
+    library = UpstreamDeepGEMM(BLACKWELL)
+    scales = powers(8, 6)
+    wanted = library.get_mn_major_tma_aligned_packed_ue8m0_tensor(scales)
+    side_by_side = scales.T.contiguous().T
+    assert torch.equal(library.get_mn_major_tma_aligned_packed_ue8m0_tensor(side_by_side), wanted)
+    with pytest.raises(RuntimeError, match=r"batched_sf.stride\(2\) == mn"):
+        library.get_mn_major_tma_aligned_packed_ue8m0_tensor(powers(8, 12)[:, ::2])
+
+
 def test_weights_of_hopper_stay_as_they_are() -> None:
     library = ForkDeepGEMM(HOPPER)
     scale = weight(library, 3, 200, 256).scale

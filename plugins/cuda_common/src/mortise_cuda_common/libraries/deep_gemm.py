@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from mortise.plugin import BackendUnusableError, ContractError, ReasonCode
 from mortise_cuda_common.chip import Architecture
@@ -19,11 +20,11 @@ from mortise_cuda_common.libraries.deep_gemm_scales import (
     require_powers_of_two,
 )
 from mortise_cuda_common.libraries.deep_gemm_smoke import require_right_products
+from mortise_cuda_common.rows import Kind, Rows
 
 if TYPE_CHECKING:
     from mortise_cuda_common.chip import Chip
     from mortise_cuda_common.libraries.deep_gemm_names import Resolved
-    from mortise_cuda_common.rows import Rows
 
 BLOCK: Final = 128
 """Rows and columns of a weight under one scale; columns of a row under one."""
@@ -180,10 +181,9 @@ class DeepGEMM:
             return dense_strides(scale.contiguous())
         require_powers_of_two(scale)
         groups = scale.shape[0] if scale.dim() == 3 else None
-        packed: torch.Tensor = self.resolved.functions.transform_scales(
-            scale, num_rows, num_columns, (1, BLOCK, BLOCK), groups, False
-        )
-        return packed
+        transform = self.resolved.functions.transform_scales
+        recipe = (1, BLOCK, BLOCK)
+        return _as_torch(transform(scale, num_rows, num_columns, recipe, groups, False))
 
     def prepare_row_scales(self, scales: torch.Tensor) -> torch.Tensor:
         """Bring the scales of rows into the layout of the kernels; nothing is copied twice.
@@ -198,8 +198,7 @@ class DeepGEMM:
         """
         if self.packs_scales:
             return scales if scales.dtype == torch.int32 else pack_row_scales(scales)
-        aligned: torch.Tensor = self.resolved.functions.tma_aligned(scales)
-        return aligned
+        return _as_torch(self.resolved.functions.tma_aligned(scales))
 
     # ---- products
 
@@ -213,7 +212,7 @@ class DeepGEMM:
         """Multiply e4m3 rows ``[R, K]`` by an e4m3 weight ``[N, K]``.
 
         Args:
-            rows: with scales, prepared or not.
+            rows: ``fp8``, or on Blackwell ``fp8_ue8m0``; scales prepared or not.
             weight: the weight.
             weight_scale: prepared.
             out_dtype: bfloat16.
@@ -222,12 +221,13 @@ class DeepGEMM:
             ``[R, N]``.
 
         Raises:
-            ContractError: another dtype, or rows without scales.
+            ContractError: another dtype, or rows of another kind.
         """
         self._require_bf16(out_dtype)
         out = rows.values.new_empty((rows.values.shape[0], weight.shape[0]), dtype=out_dtype)
         if out.numel():
-            a = (rows.values, self._scales_of(rows))
+            # All rows are defined: the library packs their scales by one kernel of its own.
+            a = (rows.values, self._scales_of(rows, packed=False))
             self.resolved.functions.fp8_linear(a, (weight, weight_scale), out)
         return out
 
@@ -242,7 +242,7 @@ class DeepGEMM:
         """Multiply e4m3 rows of groups that begin at multiples of :meth:`alignment`.
 
         Args:
-            rows: ``[R, K]`` with scales, prepared or not.
+            rows: ``[R, K]``, ``fp8``, or on Blackwell ``fp8_ue8m0``; scales prepared or not.
             weight: e4m3 ``[E, N, K]``.
             weight_scale: prepared.
             row_experts: int32 ``[R]``, the group of each row, -1 for none. Only the first row of
@@ -250,7 +250,7 @@ class DeepGEMM:
             out: bfloat16 ``[R, N]``; rows of no group are undefined.
 
         Raises:
-            ContractError: another dtype, or rows without scales.
+            ContractError: another dtype, or rows of another kind.
         """
         self._require_bf16(out.dtype)
         if out.numel():
@@ -337,8 +337,7 @@ class DeepGEMM:
         function = self.resolved.functions.paged_metadata
         if self.no_paged_mqa or function is None:
             raise self._no_paged_mqa()
-        schedule: torch.Tensor = function(context_lens, block_size, num_sms)
-        return schedule
+        return _as_torch(function(context_lens, block_size, num_sms))
 
     def paged_mqa_logits(
         self,
@@ -372,20 +371,25 @@ class DeepGEMM:
         function = self.resolved.functions.paged_logits
         if self.no_paged_mqa or function is None:
             raise self._no_paged_mqa()
-        logits: torch.Tensor = function(
-            q, fused_kv, weights, context_lens, block_table, schedule, max_context_len, False
+        return _as_torch(
+            function(
+                q, fused_kv, weights, context_lens, block_table, schedule, max_context_len, False
+            )
         )
-        return logits
 
     # ---- what is refused
 
-    def _scales_of(self, rows: Rows) -> torch.Tensor:
-        if rows.scales is None:
+    def _scales_of(self, rows: Rows, *, packed: bool = True) -> torch.Tensor:
+        kinds = (Kind.FP8_UE8M0,) if self.packs_scales else (Kind.FP8, Kind.FP8_UE8M0)
+        if rows.kind not in kinds or rows.scales is None:
             raise ContractError(
-                f"rows of kind {rows.kind.value} reached a product of e4m3 without scales",
+                f"rows of kind {rows.kind.value} reached a product of e4m3 by DeepGEMM on"
+                f" {self.chip.name}",
                 reason=ReasonCode.CONTRACT_BROKEN,
-                expected="one scale for each 128 columns of a row",
+                expected=f"{' or '.join(kind.value for kind in kinds)}, with their scales",
             )
+        if self.packs_scales and not packed:
+            return rows.scales
         return self.prepare_row_scales(rows.scales)
 
     def _require_bf16(self, dtype: torch.dtype) -> None:
@@ -413,6 +417,14 @@ class DeepGEMM:
             reason=ReasonCode.REQUEST_UNSUPPORTED,
             remedy='set option indexer to "triton", or pip install "sgl-deep-gemm==0.1.5.post1"',
         )
+
+
+def _as_torch(found: Any) -> torch.Tensor:
+    """What the library gives back; the fork may give a tensor of another library's."""
+    if isinstance(found, torch.Tensor):
+        return found
+    tensor: torch.Tensor = from_dlpack(found)
+    return tensor
 
 
 def require_installed() -> str:

@@ -190,6 +190,9 @@ def packed_ue8m0(
         )
         batched = batched.clone()
         batched[0, ~rows_of_groups(psum_layout, mn, state.alignment)] = 0.0
+    if not batched.is_contiguous() and groups == 1 and mn % SCALES_PER_WORD == 0:
+        side_by_side = batched.stride(1) == 1 and batched.stride(2) == mn
+        require(side_by_side, "batched_sf.stride(1) == 1 and batched_sf.stride(2) == mn")
     words = batched.contiguous().view(torch.int32)
     _require_powers_of_two(words)
     bytes_ = torch.zeros(groups, mn, -(-columns // 4) * 4, dtype=torch.uint8)
