@@ -336,6 +336,14 @@ def test_float8_rows_never_meet_experts_that_cannot_multiply_them() -> None:
             applied(TRITON_90, tokens, experts)
 
 
+def test_float32_rows_never_meet_quantised_experts() -> None:
+    tokens = grouped(random_rows(COUNTS, TILED.hidden, dtype=torch.float32))
+    for form in ("fp8", "w4a16"):
+        experts = random_experts(form, form)
+        with pytest.raises(ContractError, match=f"layer {LAYER}: fp32 rows met"):
+            applied(TRITON_90, tokens, experts)
+
+
 def test_figures_choose_by_the_rows_of_the_call() -> None:
     """Both ways of one prepared layer are used, and each gives what the reference gives."""
     from plugins.cuda_common.tests.test_cuda_common_choice import measured

@@ -9,7 +9,9 @@ import torch
 
 from mortise.formats.fp8 import GROUP, unpack_ue8m0
 from mortise.plugin import (
+    ContractError,
     DispatchDtype,
+    ReasonCode,
     ScaleFormat,
     WeightScheme,
     check_dispatched_tokens,
@@ -18,6 +20,7 @@ from mortise_cuda_common.arrangement import arrangement
 from mortise_cuda_common.experts import PreparedExperts, prepare_expert_weights
 from mortise_cuda_common.groups import Groups
 from mortise_cuda_common.kernels.swiglu import swiglu
+from mortise_cuda_common.limits import QUANTISED_DTYPE
 from mortise_cuda_common.rows import Kind, Rows
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def quantized_moe_apply(
         ContractError: the rows are not what their format says, or not what the experts take.
     """
     check_dispatched_tokens(tokens, experts)
+    _check_dtype(tokens, experts)
     if tokens.receive is not None:
         tokens.receive()
     groups = Groups.of(tokens)
@@ -62,6 +66,16 @@ def quantized_moe_apply(
         )
     sums_RH = _moved(products, rows, groups, (w13, w2), _plain_dtype(experts), torch.float32)
     return (sums_RH.view(shape) * tokens.row_weights.unsqueeze(-1)).to(out_dtype)
+
+
+def _check_dtype(tokens: DispatchedTokens, experts: ExpertWeights) -> None:
+    scheme, dtype = experts.w13.scheme, tokens.format.dtype
+    if scheme is not WeightScheme.FLOAT and dtype is DispatchDtype.FP32:
+        raise ContractError(
+            f"layer {experts.layer}: {dtype.value} rows met {scheme.value} weights",
+            reason=ReasonCode.CONTRACT_BROKEN,
+            expected=f"unquantised rows of {QUANTISED_DTYPE}",
+        )
 
 
 def _prepared(products: Products, experts: ExpertWeights) -> PreparedExperts:
@@ -124,4 +138,4 @@ def _plain_dtype(experts: ExpertWeights) -> torch.dtype:
     for stored in (experts.w2, experts.w13):
         if stored.scheme is WeightScheme.FLOAT:
             return stored.weight.dtype
-    return torch.bfloat16
+    return QUANTISED_DTYPE
