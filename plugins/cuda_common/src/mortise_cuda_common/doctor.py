@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from mortise.plugin import BackendUnusableError, Finding, Verdict
+from mortise_cuda_common import exchange_doctor
 from mortise_cuda_common.chip import EMULATED as EMULATED_CHIPS
 from mortise_cuda_common.device import EMULATED
+from mortise_cuda_common.environment import read_environment
 from mortise_cuda_common.libraries import deep_ep, deep_gemm
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ def findings(
     if request.world_size > 1 and options.exchange != "portable":
         demanded = options.exchange == "deep_ep"
         yield _library("DeepEP", deep_ep.require_installed, demanded=demanded)
+        num_sms = EMULATED_CHIPS[emulated].num_sms
+        yield from exchange_doctor.findings(request, num_sms, read_environment(), demanded=demanded)
 
 
 def _torch() -> Finding:
