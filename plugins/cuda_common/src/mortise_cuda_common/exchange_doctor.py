@@ -39,9 +39,7 @@ def findings(
         name = f"DeepEP, {mode.value}"
         why = unserved(_asked(request, mode), num_sms, environment)
         if why is None:
-            found = (
-                f"carries the model's rows; buffer of {_megabytes(request, mode)} MB on each GPU"
-            )
+            found = f"carries the model's rows{_memory(request, mode)}"
             yield Finding(name, Verdict.OK, found)
         else:
             verdict = Verdict.FAIL if demanded else Verdict.NOTE
