@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 BLOCK: Final = 16
 _POISON: Final = 0xFF
 _ELEMENTS_OF_16_BYTES: Final = 32
-_OUTPUTS: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_OUTPUTS: Final = MappingProxyType(
+    {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+)
 
 
 class EmulatedFlashInfer:
