@@ -1,8 +1,7 @@
-"""Which of two ways multiplies a layer's float8 experts: DeepGEMM, or Triton programs of our own.
+"""Whether DeepGEMM or Triton multiplies a layer's float8 experts, by figures of both."""
 
-Figures of both, each with its source, decide: of the shape that is nearest to the layer's and of
-the number of rows that is nearest to the call's.
-"""
+# Each figure has its source. Those of the experts that are nearest to the layer's decide, of the
+# number of rows that is nearest to the call's.
 
 from __future__ import annotations
 
