@@ -13,6 +13,7 @@ from mortise.backends.manifest import Manifest
 from mortise.cli import command_tree
 from mortise.spec.hooks import HOOKS
 from mortise.spec.reasons import ReasonCode
+from mortise_cuda_common import environment as cuda_common_environment
 from mortise_npu_ascend import environment as npu_ascend_environment
 from tests.docs import cli_page
 from tests.docs.pages import DOCS, REPOSITORY
@@ -48,7 +49,7 @@ def test_every_error_stands_in_the_drawn_tree() -> None:
 def test_every_variable_has_its_row() -> None:
     variables = {value for name, value in vars(env).items() if name.endswith("_VARIABLE")}
     assert variables
-    of_backends = set(npu_ascend_environment.VARIABLES)
+    of_backends = {*npu_ascend_environment.VARIABLES, *cuda_common_environment.VARIABLES}
     assert set(first_cells("reference/environment.md")) == variables | of_backends
 
 

@@ -24,6 +24,7 @@ from mortise.plugin import (
     DispatchMode,
     ModelRole,
     ReasonCode,
+    Routing,
     RowLayout,
     TokenDispatcherRequest,
 )
@@ -233,6 +234,49 @@ def test_an_installed_library_is_imported_and_used(
     assert DeepEP.load().version == "2.1.0"
     made = exchanges_of("deep_ep", silicon()).create_token_dispatcher(REQUEST)
     assert isinstance(made, NormalExchange)
+
+
+def older_library(monkeypatch: pytest.MonkeyPatch, **members: Any) -> None:
+    """A library whose Buffer has other members than the emulated one."""
+    buffer = type("Buffer", (EmulatedDeepEP(runtime_of().chip).Buffer,), members)
+    library = DeepEP.of(SimpleNamespace(Buffer=buffer), "1.2.1")
+    monkeypatch.setattr(DeepEP, "emulated", lambda chip, depth: library)
+
+
+def test_a_number_of_ranks_without_a_table_is_left_to_the_core(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_table(num_ranks: int) -> None:
+        raise AssertionError(f"Unsupported number of EP ranks: {num_ranks}")
+
+    older_library(monkeypatch, get_dispatch_config=staticmethod(no_table))
+    many = replace(REQUEST, world_size=48, num_experts=96)
+    with pytest.warns(RuntimeWarning, match="Unsupported number of EP ranks: 48"):
+        assert exchanges_of().create_token_dispatcher(many) is NOT_SUPPORTED
+
+
+def test_a_buffer_that_cannot_be_opened_is_told_with_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(
+        self: object,
+        group: object,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+    ) -> None:
+        raise RuntimeError("nvshmem_init:\n  no IB device")
+
+    older_library(monkeypatch, __init__=fail)
+    made = exchanges_of().create_token_dispatcher(REQUEST)
+    assert isinstance(made, NormalExchange)
+    hidden = torch.zeros(1, 7168, dtype=torch.bfloat16)
+    routing = Routing(topk_ids=torch.zeros(1, 8, dtype=torch.int64), topk_weights=torch.ones(1, 8))
+    with pytest.raises(BackendUnusableError, match="nvshmem_init: no IB device") as told:
+        made.dispatch(hidden, routing, REQUEST.format)
+    assert "bytes over NVLink" in str(told.value)
+    assert told.value.reason is ReasonCode.CREATE_FAILED
 
 
 # Which builds can be called.

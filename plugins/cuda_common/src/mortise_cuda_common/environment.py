@@ -15,6 +15,8 @@ SEARCH_PATH: Final = "PATH"
 USE_NVRTC: Final = "DG_JIT_USE_NVRTC"
 CACHE_FOLDER: Final = "DG_JIT_CACHE_DIR"
 QUEUE_DEPTH: Final = "NVSHMEM_QP_DEPTH"
+VARIABLES: Final = (CUDA_HOME, CUDA_PATH, SEARCH_PATH, USE_NVRTC, CACHE_FOLDER, QUEUE_DEPTH)
+"""All that are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

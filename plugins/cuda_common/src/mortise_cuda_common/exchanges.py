@@ -103,7 +103,11 @@ class Exchanges:
         if id(group) not in self._connections:
             self._connections[id(group)] = Connection(self._library, group)
         connection = self._connections[id(group)]
-        if not connection.fits(request):
+        try:
+            fits = connection.fits(request)
+        except BackendUnusableError as error:
+            return Refusal(error.what, error.remedy or "")
+        if not fits:
             return Refusal("its buffer is open already, and too small for a layer that came later")
         return connection
 

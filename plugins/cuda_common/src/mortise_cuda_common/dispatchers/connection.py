@@ -40,8 +40,13 @@ class Connection:
         self._waiting = ""
 
     def fits(self, request: TokenDispatcherRequest) -> bool:
-        """Whether the buffer is large enough for a layer, or can still become so."""
-        return self._buffer is None or self._with(request) == self._size
+        """Whether the buffer is large enough for a layer, or can still become so.
+
+        Raises:
+            BackendUnusableError: the library has no buffer for it.
+        """
+        needed = self._with(request)
+        return self._buffer is None or needed == self._size
 
     def make_room(self, request: TokenDispatcherRequest) -> None:
         """Have it opened large enough for a layer."""

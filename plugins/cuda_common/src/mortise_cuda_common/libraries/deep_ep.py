@@ -172,9 +172,20 @@ class DeepEP:
         return dtype
 
     def normal_size(self, hidden_size: int, world_size: int) -> BufferSize:
-        """Memory for normal exchanges of bfloat16 rows, which wider formats never need."""
+        """Memory for normal exchanges of bfloat16 rows; no format that is carried is wider.
+
+        Raises:
+            BackendUnusableError: the library has no tables for so many ranks.
+        """
         buffer = self.module.Buffer
-        configs = (buffer.get_dispatch_config(world_size), buffer.get_combine_config(world_size))
+        try:
+            configs = buffer.get_dispatch_config(world_size), buffer.get_combine_config(world_size)
+        except AssertionError as error:
+            raise BackendUnusableError(
+                f"{LIBRARY} {self.version}: {error}",
+                reason=ReasonCode.REQUEST_UNSUPPORTED,
+                remedy="start another number of processes, or install a later DeepEP",
+            ) from error
         row_bytes = hidden_size * torch.bfloat16.itemsize
         return BufferSize(
             nvlink_bytes=max(
@@ -196,14 +207,30 @@ class DeepEP:
         )
 
     def open(self, group: dist.ProcessGroup, size: BufferSize) -> Any:
-        """Make a buffer; every rank of the group calls this."""
-        return self.module.Buffer(
-            group,
-            num_nvl_bytes=size.nvlink_bytes,
-            num_rdma_bytes=size.rdma_bytes,
-            low_latency_mode=size.low_latency,
-            num_qps_per_rank=size.num_queue_pairs,
-        )
+        """Make a buffer; every rank of the group calls this.
+
+        Raises:
+            BackendUnusableError: the library cannot.
+        """
+        try:
+            return self.module.Buffer(
+                group,
+                num_nvl_bytes=size.nvlink_bytes,
+                num_rdma_bytes=size.rdma_bytes,
+                low_latency_mode=size.low_latency,
+                num_qps_per_rank=size.num_queue_pairs,
+            )
+        except Exception as error:
+            raise BackendUnusableError(
+                f"{LIBRARY} {self.version} cannot open a buffer: {type(error).__name__}:"
+                f" {' '.join(str(error).split())}",
+                reason=ReasonCode.CREATE_FAILED,
+                details=[
+                    f"asked for: {size.nvlink_bytes} bytes over NVLink, {size.rdma_bytes} over RDMA"
+                ],
+                remedy="see that NVLink connects the GPUs of a machine (nvidia-smi topo -m) and"
+                f" that their memory has room, {_OTHERWISE}",
+            ) from error
 
 
 def require_installed() -> str:
