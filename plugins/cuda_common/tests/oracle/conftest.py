@@ -12,10 +12,7 @@ from plugins.cuda_common.tests.oracle.schedulers import Schedulers
 from plugins.cuda_common.tests.oracle.wheel import WheelMissingError, fetch, unpack
 
 SECONDS: Final = 120
-SOURCE: Final = Path(__file__).with_name("host_schedulers.cpp")
-HEADERS: Final = ("sm90_paged_mqa_logits.cuh", "sm100_paged_mqa_logits.cuh")
-STOOD_IN_FOR: Final = ("common/math.cuh", "common/types.cuh", "ptx/utils.cuh")
-"""Headers that the schedulers include; what they use of them is in the program instead."""
+HERE: Final = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,18 +38,46 @@ def vendor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def schedulers(vendor: Path, tmp_path_factory: pytest.TempPathFactory) -> Schedulers:
     """The vendor's own schedulers of paged scores, compiled for the host."""
+    own = ("scheduler/sm90_paged_mqa_logits.cuh", "scheduler/sm100_paged_mqa_logits.cuh")
+    stood_in_for = ("deep_gemm/common/types.cuh", "deep_gemm/ptx/utils.cuh")
+    return Schedulers(compiled(vendor, tmp_path_factory, "host_schedulers.cpp", own, stood_in_for))
+
+
+@pytest.fixture(scope="session")
+def group_program(vendor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vendor's own scheduler of grouped products, compiled for the host."""
+    own = ("scheduler/gemm.cuh", "common/types.cuh")
+    stood_in_for = ("cute/arch/mma_sm100_desc.hpp",)
+    return compiled(vendor, tmp_path_factory, "host_groups.cpp", own, stood_in_for)
+
+
+def compiled(
+    vendor: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    source: str,
+    own: tuple[str, ...],
+    stood_in_for: tuple[str, ...],
+) -> Path:
+    """Compile a program here with some of the vendor's headers.
+
+    Args:
+        vendor: the package.
+        tmp_path_factory: where to.
+        source: of the program.
+        own: headers that are the vendor's.
+        stood_in_for: headers that those include, and what they hold is in the program instead.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("THE EMULATED SCHEDULE WAS NOT COMPARED WITH THE VENDOR'S: there is no g++")
-    folder = tmp_path_factory.mktemp("schedulers")
-    headers = folder / "deep_gemm"
-    for name in STOOD_IN_FOR:
-        (headers / name).parent.mkdir(parents=True, exist_ok=True)
-        (headers / name).touch()
-    (headers / "scheduler").mkdir()
-    for name in HEADERS:
-        shutil.copy(vendor / "include" / "deep_gemm" / "scheduler" / name, headers / "scheduler")
-    program = folder / "schedulers"
-    command = [compiler, "-std=c++20", "-O1", "-w", "-pthread", f"-I{folder}", str(SOURCE)]
+        pytest.skip("THE EMULATED DEEPGEMM WAS NOT COMPARED WITH THE VENDOR'S: there is no g++")
+    folder = tmp_path_factory.mktemp("program")
+    for name in ("deep_gemm/common/math.cuh", *stood_in_for):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    for name in own:
+        (folder / "deep_gemm" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(vendor / "include" / "deep_gemm" / name, folder / "deep_gemm" / name)
+    program = folder / "program"
+    command = [compiler, "-std=c++20", "-O1", "-w", "-pthread", f"-I{folder}", str(HERE / source)]
     subprocess.run([*command, "-o", str(program)], check=True, timeout=SECONDS)
-    return Schedulers(program)
+    return program
