@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,10 +14,18 @@ from hypothesis import strategies as st
 from plugins.cuda_common.tests.interpreted import interpret, needs_triton
 
 from mortise.formats.nvfp4 import dequantise_nvfp4
+from mortise_cuda_common.chip import Architecture
 from mortise_cuda_common.programs import dtypes
+from mortise_cuda_common.programs.ahead import compile_ahead
+from mortise_cuda_common.programs.base import CompileCase
 from mortise_cuda_common.programs.emulated import EmulatedPrograms
 
-tl: Any = None
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from plugins.cuda_common.tests.kernel_cases import Machine
+
+tl: Any = importlib.import_module("triton.language") if importlib.util.find_spec("triton") else None
 PROGRAMS = EmulatedPrograms()
 TRITON_NAMES = {
     dtypes.int1: "int1",
@@ -472,3 +481,108 @@ def test_programs_add_to_the_same_memory() -> None:
     source, total = torch.arange(8, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     PROGRAMS.launch(add_up, 3, [source, total], {"N": 8})
     assert total.tolist() == [3 * (0 + 2 + 4 + 6), 3 * (1 + 3 + 5)]
+
+
+def of_seed(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def words(seed: int, size: int, least: int, most: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(least, most, (size,), generator=generator).to(dtype)
+
+
+WHOLE: list[tuple[Callable[..., None], int, list[Any], dict[str, Any]]] = [
+    *(
+        (
+            arithmetic,
+            2,
+            [
+                words(1, 32, -11 if dtype.is_signed else 0, 11, dtype),
+                words(2, 32, 1, 11, dtype),
+                torch.zeros(12 * 32, dtype=dtype),
+            ],
+            {"SIGNED": dtype.is_signed, "N": 16},
+        )
+        for dtype in INTEGERS
+        if dtype is not torch.uint32
+    ),
+    (addresses, 1, [of_seed(3, 3, 9), torch.zeros(96), 3, 7, 9], {"M": 4, "N": 8}),
+    (
+        bits,
+        1,
+        [words(4, 64, -(2**31), 2**31, torch.int32), torch.zeros(5 * 64, dtype=torch.int32)],
+        {"N": 64},
+    ),
+    (
+        walk,
+        8,
+        [
+            torch.tensor([5, 0, 4, 9], dtype=torch.int32),
+            torch.zeros(8, 3, dtype=torch.int32),
+            100,
+        ],
+        {"GROUPS": 4},
+    ),
+    (single_numbers, 10, [torch.zeros(10, 8, dtype=torch.int64), 5, 2**33], {}),
+    (copy, 4, [of_seed(5, 16), torch.zeros(16), 13], {"N": 4, "MASKED": True}),
+    (copy, 4, [of_seed(6, 16).bfloat16(), torch.zeros(16), 13], {"N": 4, "MASKED": True}),
+    (
+        as_e4m3,
+        1,
+        [torch.tensor([448.0, -0.3, 31.37, 2.0**-10]), torch.zeros(4).to(torch.float8_e4m3fn)],
+        {},
+    ),
+    (
+        add_up,
+        3,
+        [torch.arange(8, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)],
+        {"N": 8},
+    ),
+]
+"""Programs whose results have no rounding, or one that is the same everywhere."""
+NAMES = [f"{source.__name__} {number}" for number, (source, *_) in enumerate(WHOLE)]
+
+
+@needs_triton
+@pytest.mark.parametrize(("source", "grid", "arguments", "constants"), WHOLE, ids=NAMES)
+def test_what_is_emulated_is_what_triton_compiles(
+    source: Callable[..., None], grid: int, arguments: list[Any], constants: dict[str, Any]
+) -> None:
+    """Nothing is known here of a language that Triton does not know."""
+    del grid
+    code = source.__code__
+    kinds = [
+        f"*{dtypes.OF_TORCH[one.dtype].name}"
+        if isinstance(one, torch.Tensor)
+        else ("i64" if one >= 2**31 else "i32")
+        for one in arguments
+    ]
+    case = CompileCase(
+        name=source.__name__,
+        source=source,
+        signature=dict(zip(code.co_varnames[: len(kinds)], kinds, strict=True)),
+        constants=constants,
+        architectures=tuple(Architecture),
+    )
+    assert compile_ahead(case, Architecture.SM90).ptx
+
+
+@pytest.mark.device
+@pytest.mark.parametrize(("source", "grid", "arguments", "constants"), WHOLE, ids=NAMES)
+def test_a_chip_computes_what_is_emulated(
+    machine: Machine,
+    source: Callable[..., None],
+    grid: int,
+    arguments: list[Any],
+    constants: dict[str, Any],
+) -> None:
+    here, there = (
+        [one.clone().to(device) if isinstance(one, torch.Tensor) else one for one in arguments]
+        for device in (torch.device("cpu"), machine.device)
+    )
+    PROGRAMS.launch(source, grid, here, constants)
+    machine.programs.launch(source, grid, there, constants)
+    for one, other in zip(here, there, strict=True):
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one.view(torch.uint8), other.cpu().view(torch.uint8))
