@@ -86,6 +86,13 @@ def test_no_more_than_asked_for_at_a_time() -> None:
     assert len(most) == 6
 
 
+def test_a_job_can_call_what_a_pass_calls() -> None:
+    """Weights are parameters; outside inference mode each call would remember its inputs."""
+    weight, modes = torch.nn.Parameter(torch.ones(2, 2)), []
+    run([job("product", lambda: modes.append((weight @ weight).is_inference()))])
+    assert modes == [True]
+
+
 def test_the_report_says_how_long_each_took() -> None:
     report = run([job("nap", lambda: time.sleep(0.05)), job("none", lambda: None)], threads=2)
     nap, none = report.jobs

@@ -8,6 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from mortise.backends import Decision
@@ -170,7 +171,9 @@ def warmup_decision(ops: Ops, num_jobs: int, report: WarmupReport | None) -> Dec
 
 def _timed(job: WarmupJob) -> float:
     started = time.perf_counter()
-    job.run()
+    # As in a forward pass; the mode belongs to a thread.
+    with torch.inference_mode():
+        job.run()
     return time.perf_counter() - started
 
 

@@ -66,8 +66,8 @@ class WarmupJob:
     Args:
         name: what it is, for people, in a few words with its sizes.
         key: jobs of equal keys are one.
-        run: does it; called once, on a thread of its own beside other jobs, outside inference
-            mode. An exception ends the warm-up.
+        run: does it; called once, on a thread of its own beside other jobs, in inference mode as
+            hooks are. An exception ends the warm-up.
     """
 
     name: str
