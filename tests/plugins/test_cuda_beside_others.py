@@ -1,4 +1,4 @@
-"""Models on emulated NVIDIA chips of both kinds, in several schemes, change nothing of each other."""
+"""Models on emulated NVIDIA chips of both kinds, in several schemes, leave each other alone."""
 
 from __future__ import annotations
 

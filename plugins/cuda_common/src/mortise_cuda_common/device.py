@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -78,7 +78,8 @@ def chip_of(number: int, wanted: Sequence[Architecture]) -> Chip:
             reason=ReasonCode.DEVICE_ABSENT,
             remedy=f"name one below {count}, or start fewer processes on this machine",
         )
-    facts = torch.cuda.get_device_properties(number)
+    # Any: torch's stubs lack one of its fields.
+    facts: Any = torch.cuda.get_device_properties(number)
     found = f"sm_{facts.major}{facts.minor}"
     names = [one.value for one in wanted]
     if found not in names:

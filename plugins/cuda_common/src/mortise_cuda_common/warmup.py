@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         ExpertWeights,
         LinearWeight,
         QKVShape,
-        TokenDispatcher,
         WarmupRequest,
     )
 
@@ -104,8 +103,9 @@ class _Launches:
             max_tokens_per_rank=tokens,
             format=decision.format,
         )
-        own = self._hook("create_token_dispatcher")(ask)
-        dispatcher: TokenDispatcher = create_token_dispatcher(ask) if own is NOT_SUPPORTED else own
+        dispatcher: Any = self._hook("create_token_dispatcher")(ask)
+        if dispatcher is NOT_SUPPORTED:
+            dispatcher = create_token_dispatcher(ask)
         ids = torch.arange(chosen, device=self.device).expand(tokens, -1).contiguous()
         routing = Routing(topk_ids=ids, topk_weights=torch.ones(ids.shape, device=self.device))
         arrived, handle = dispatcher.dispatch(
@@ -170,10 +170,10 @@ class _Launches:
         return run
 
     def _keys(self, dim: int) -> IndexKeyPages:
-        """One page of keys, laid out as the cache lays them out."""
+        """Pages of keys, laid out as the cache lays them out; two, since one has no stride."""
         if self.request.index_key_dtype is IndexKeyDtype.COMPUTE:
-            return IndexKeyPages(keys=self._zeros(1, PAGE_SIZE, dim))
-        block = torch.zeros(1, PAGE_SIZE * (dim + 4), dtype=torch.uint8, device=self.device)
+            return IndexKeyPages(keys=self._zeros(2, PAGE_SIZE, dim))
+        block = torch.zeros(2, PAGE_SIZE * (dim + 4), dtype=torch.uint8, device=self.device)
         keys = block[:, : PAGE_SIZE * dim].view(torch.float8_e4m3fn)
         return IndexKeyPages(
             keys=keys.unflatten(1, (PAGE_SIZE, dim)),
@@ -200,8 +200,8 @@ class _Launches:
             run=run,
         )
 
-    def _hook(self, name: str) -> Callable[..., object]:
-        hook: Callable[..., object] = getattr(self.backend, name)
+    def _hook(self, name: str) -> Callable[..., Any]:
+        hook: Callable[..., Any] = getattr(self.backend, name)
         return hook
 
     def _zeros(self, *size: int) -> torch.Tensor:

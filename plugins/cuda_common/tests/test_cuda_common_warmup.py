@@ -1,0 +1,84 @@
+"""Every job of the warm-up is a call that the backend takes, and nothing is launched twice."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from tests.cli.command_line import mortise
+from tests.fixtures.tiny_models import INDEXER, save_tiny
+
+from mortise import LLM, EngineConfig
+from mortise.engine.warmup import warmup_request
+from mortise.plugin import QKVLayout, QKVShape
+from mortise_cuda_common.warmup import launches, sizes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("most", "wanted"), [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (8, (1, 2, 4, 8))]
+)
+def test_sizes_are_powers_of_two_and_the_largest(most: int, wanted: tuple[int, ...]) -> None:
+    assert sizes(most) == wanted
+
+
+@pytest.mark.parametrize("mode", ["normal", "low_latency"])
+def test_every_job_runs_and_no_two_are_the_same(tmp_path: Path, mode: str) -> None:
+    plain = save_tiny(tmp_path / "plain", **INDEXER, hidden_size=128, moe_intermediate_size=128)
+    model = tmp_path / "fp8"
+    assert mortise("quantize", model, "--model", plain, "--scheme", "fp8-block").code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        llm = LLM(
+            EngineConfig(
+                model=str(model),
+                backend="cuda_hopper",
+                device="emulated",
+                dtype="bfloat16",
+                cache={"max_num_tokens": 256},
+                scheduler={"max_num_batched_tokens": 3, "max_num_seqs": 2},
+                dispatch={"mode": mode, "max_tokens_per_rank": 4},
+            )
+        )
+    request = warmup_request(llm.loaded, llm.resolved.config, ahead=True)
+    backend = llm.loaded.bound.backend
+    assert backend.warmup(request) == [], "an emulated chip compiles nothing"
+    jobs = launches(backend, torch.device("cpu"), request)
+    assert {job.name.split()[0] for job in jobs} == {"experts", "projection", "index"}
+    distinct = {job.key: job for job in jobs}
+    assert len(distinct) < len(jobs), "layers of one shape share what is compiled"
+    for job in distinct.values():
+        job.run()
+
+
+def test_splits_are_launched_too(tmp_path: Path) -> None:
+    llm = LLM(
+        EngineConfig(
+            model=str(save_tiny(tmp_path / "plain")),
+            backend="cuda_hopper",
+            device="emulated",
+            dtype="bfloat16",
+            cache={"max_num_tokens": 256},
+        )
+    )
+    shape = QKVShape(
+        num_key_heads=2,
+        num_value_heads=6,
+        key_head_dim=8,
+        value_head_dim=8,
+        layout=QKVLayout.CONTIGUOUS,
+    )
+    request = warmup_request(llm.loaded, llm.resolved.config, ahead=False)
+    request = replace(request, experts=(), linears=(), qkv_shapes=(shape,), max_tokens=2)
+    jobs = launches(llm.loaded.bound.backend, torch.device("cpu"), request)
+    assert [job.name for job in jobs if job.name.startswith("split")] == [
+        "split of 2/6 heads: 1 tokens",
+        "split of 2/6 heads: 2 tokens",
+    ]
+    for job in jobs:
+        job.run()
