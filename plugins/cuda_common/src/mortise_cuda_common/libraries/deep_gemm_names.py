@@ -144,7 +144,10 @@ def _of_version(version: str) -> tuple[str, bool]:
     is_fork = number.major == 0
     first, behind = TWO_DIMENSIONS_OF_THE_FORK if is_fork else TWO_DIMENSIONS
     if number < Version(first):
-        return f"deep_gemm {version} takes lengths in one dimension; {first} is the first", False
+        said = (
+            f"deep_gemm {version} is older than {first}, the first with lengths of two dimensions"
+        )
+        return said, False
     if Version(number.base_version) >= Version(behind):
         return f"deep_gemm {version} gives compressed logits, as all do from {behind} on", False
     return "", number >= Version(ANY_NEXT_N_OF_THE_FORK if is_fork else ANY_NEXT_N)
