@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from plugins.cuda_common.tests.test_cuda_common_limits import experts_of
 
+from mortise.backends import load_backend
 from mortise.errors import ConfigError
+from mortise.plugin import ModelRole, WeightScheme
 from mortise_cuda_common.choice import (
     Choice,
     Figure,
@@ -138,3 +141,20 @@ def test_rows_of_an_expert_are_counted_where_the_host_knows_them() -> None:
     assert rows_per_expert(groups) == 1
     assert rows_per_expert(replace(groups, num_rows=2 * 1127)) == 1000
     assert rows_per_expert(replace(groups, capacity=8, num_rows=16)) == 8
+
+
+def test_a_backend_goes_by_the_figures_that_its_options_name(tmp_path: Path) -> None:
+    path = tmp_path / "measured.toml"
+    path.write_text(
+        '[[measurements]]\nsource = "ours"\ndate = 2026-01-02\nchip = "H100"\nhidden_size = 64\n'
+        "figures = [{ intermediate_size = 2048, rows_per_expert = 2, deep_gemm_us = 3,"
+        " triton_us = 2 }]\n"
+    )
+    table = {"runner_figures": str(path)}
+    bound = load_backend("cuda_hopper", role=ModelRole.MAIN, device="emulated", options=table)
+    method = bound.ops.supports(experts_of(WeightScheme.FP8_BLOCK)).method
+    assert method is not None
+    assert method.runner == "triton (figures of H100, experts of 2048: ours, 2026-01-02)"
+    table = {"runner_figures": str(tmp_path / "missing.toml")}
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        load_backend("cuda_hopper", role=ModelRole.MAIN, device="emulated", options=table)

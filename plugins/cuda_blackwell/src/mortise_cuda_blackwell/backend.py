@@ -12,6 +12,7 @@ from mortise_cuda_blackwell.options import Options
 from mortise_cuda_blackwell.select import BlackwellProducts
 from mortise_cuda_common import doctor, loading, moe, qkv
 from mortise_cuda_common import linear as projections
+from mortise_cuda_common.choice import read_measurements
 from mortise_cuda_common.exchanges import Exchanges
 from mortise_cuda_common.experts import prepare_expert_weights
 from mortise_cuda_common.indexer import Indexer
@@ -64,7 +65,8 @@ class BlackwellBackend(Backend):
     ) -> None:
         self._runtime = runtime
         self._capabilities = capabilities_of(runtime, options)
-        self._products = BlackwellProducts(runtime, options.runner, flash_infer)
+        figures = read_measurements(options.runner_figures)
+        self._products = BlackwellProducts(runtime, options.runner, flash_infer, figures)
         self._indexer = Indexer(runtime, options.indexer)
         self._exchanges = Exchanges(runtime, options.exchange, NAME)
 

@@ -17,6 +17,7 @@ from mortise_cuda_common.products.select import Products
 if TYPE_CHECKING:
     from mortise.plugin import StoredWeight
     from mortise_cuda_blackwell.libraries.flashinfer import FlashInfer
+    from mortise_cuda_common.choice import Measurement
     from mortise_cuda_common.limits import Projection
     from mortise_cuda_common.products.base import Product
     from mortise_cuda_common.runtime import Runtime
@@ -29,12 +30,17 @@ class BlackwellProducts(Products):
         runtime: the chip and what computes on it.
         runner: what the configuration asks for of other schemes than NVFP4.
         flash_infer: what NVFP4 rows in slots are multiplied by; None is Triton.
+        measurements: figures that choose between DeepGEMM and Triton; None are the published ones.
     """
 
     def __init__(
-        self, runtime: Runtime, runner: str = Runner.AUTO, flash_infer: FlashInfer | None = None
+        self,
+        runtime: Runtime,
+        runner: str = Runner.AUTO,
+        flash_infer: FlashInfer | None = None,
+        measurements: tuple[Measurement, ...] | None = None,
     ) -> None:
-        super().__init__(runtime, runner, SCHEMES)
+        super().__init__(runtime, runner, SCHEMES, measurements)
         self._flash_infer = flash_infer
 
     def of(self, stored: StoredWeight) -> Product:

@@ -142,19 +142,23 @@ def choice(measurements: tuple[Measurement, ...], chip: str, intermediate_size: 
     )
 
 
-def read_measurements(path: Path = PUBLISHED) -> tuple[Measurement, ...]:
-    """Read a table of figures, the published one or one that a benchmark wrote.
+def read_measurements(path: str | Path | None = None) -> tuple[Measurement, ...]:
+    """Read a table of figures.
+
+    Args:
+        path: what a benchmark wrote; None is what was published.
 
     Raises:
         ConfigError: the file cannot be read, or is no such table.
     """
+    path = PUBLISHED if path is None else Path(path)
     try:
         return _Table.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).measurements
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
         raise ConfigError(
             f"figures of runners cannot be read from {path}: {error}",
             expected="a TOML table of measurements like mortise_cuda_common/runner_figures.toml",
-            remedy="let the benchmark write the file again, or do without it",
+            remedy="correct the file, or remove runner_figures and go by published figures",
         ) from error
 
 

@@ -26,6 +26,8 @@ class CommonOptions(BaseModel):
         runner: what multiplies. ``auto`` is DeepGEMM where it is usable and fast for the shape,
             else the backend's own Triton programs; ``deep_gemm`` makes it an error where DeepGEMM
             cannot; ``triton`` does not load it.
+        runner_figures: TOML file of figures by which ``auto`` chooses, relative to the working
+            directory; None is what others published.
         indexer: what scores the indexer's keys, likewise.
         exchange: between processes. ``auto`` is DeepEP where it is installed and carries a layer's
             rows, else the core's over NCCL; ``deep_ep`` makes it an error where it does not;
@@ -37,6 +39,7 @@ class CommonOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     runner: Literal["auto", "deep_gemm", "triton"] = "auto"
+    runner_figures: str | None = None
     indexer: Literal["auto", "deep_gemm", "triton"] = "auto"
     exchange: Literal["auto", "deep_ep", "portable"] = "auto"
     num_workers: int | None = Field(default=None, ge=1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mortise.plugin import Backend, BindContext, DeviceProbe, hookimpl
 from mortise_cuda_common import doctor, loading, moe, qkv
 from mortise_cuda_common import linear as projections
+from mortise_cuda_common.choice import read_measurements
 from mortise_cuda_common.exchanges import Exchanges
 from mortise_cuda_common.experts import prepare_expert_weights
 from mortise_cuda_common.indexer import Indexer
@@ -59,7 +60,8 @@ class HopperBackend(Backend):
     def __init__(self, runtime: Runtime, options: Options) -> None:
         self._runtime = runtime
         self._capabilities = capabilities_of(runtime, options.num_workers)
-        self._products = Products(runtime, options.runner, SCHEMES)
+        figures = read_measurements(options.runner_figures)
+        self._products = Products(runtime, options.runner, SCHEMES, figures)
         self._indexer = Indexer(runtime, options.indexer)
         self._exchanges = Exchanges(runtime, options.exchange, NAME)
 
