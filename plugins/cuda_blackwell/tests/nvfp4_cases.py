@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import torch
 
 from mortise.formats.nvfp4 import dequantise_nvfp4, global_scale_of, quantise_nvfp4
 from mortise.plugin import StoredWeight, WeightScheme
 from mortise_cuda_common.groups import Groups
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mortise_cuda_common.programs.base import Programs
+
 BF16 = torch.bfloat16
+Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs programs, and how far sums may be off on it.
+
+    Args:
+        programs: runs them.
+        device: where their operands are.
+        has_fp4: whether its tensor cores multiply float4.
+        sums: relative error of one addition within a product.
+    """
+
+    programs: Programs
+    device: torch.device
+    has_fp4: bool
+    sums: float
+
+    def run(self, function: Callable[..., Thing], *arguments: Any) -> Thing:
+        """Call with operands on the device; the result is on the host."""
+        there = [moved(argument, self.device) for argument in arguments]
+        return moved(function(self.programs, *there), torch.device("cpu"))
+
+
+def moved(thing: Any, device: torch.device) -> Any:
+    """A tensor, or a record with tensors in it, on a device."""
+    if isinstance(thing, torch.Tensor):
+        return thing.to(device)
+    if is_dataclass(thing) and not isinstance(thing, type):
+        parts = {one.name: moved(getattr(thing, one.name), device) for one in fields(thing)}
+        return replace(thing, **parts)
+    return thing
 
 
 def generator(seed: int) -> torch.Generator:

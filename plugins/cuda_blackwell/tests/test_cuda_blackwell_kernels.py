@@ -1,4 +1,4 @@
-"""The programs of NVFP4 on a CPU, judged by NVIDIA's headers, float64 and the core's formats."""
+"""The programs of NVFP4, judged by NVIDIA's headers, float64 and the core's formats."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugins.cuda_blackwell.tests.nvfp4_cases import (
     BF16,
+    Machine,
     dequantised,
     groups_of,
     normal,
@@ -30,13 +31,13 @@ from mortise_cuda_blackwell.kernels.nvfp4_grouped import (
 )
 from mortise_cuda_blackwell.kernels.nvfp4_rows import quantise_rows, swiglu_quantise
 from mortise_cuda_blackwell.layout import Nvfp4Weight
+from mortise_cuda_common.programs.compiled import CompiledPrograms
 from mortise_cuda_common.programs.emulated import EmulatedPrograms
 
 if TYPE_CHECKING:
     from mortise_cuda_common.groups import Groups
     from mortise_cuda_common.rows import Rows
 
-PROGRAMS = EmulatedPrograms()
 SCALES = torch.tensor([1e-3, 3e-2, 1.0])
 LAYOUTS = {
     "one after the other": groups_of([3, 0, 130]),
@@ -44,6 +45,27 @@ LAYOUTS = {
     "masked": groups_of([3, 0, 20], capacity=32),
     "none": groups_of([0, 0, 0]),
 }
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.device)])
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """Rows, and weights alone, need no fp4 units: any GPU with e4m3 runs those programs."""
+    if request.param == "emulated":
+        return Machine(EmulatedPrograms(), torch.device("cpu"), has_fp4=True, sums=2.0**-24)
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU: the compiled programs are not run")
+    major, minor = torch.cuda.get_device_capability()
+    if major not in {9, 10}:
+        pytest.skip(f"the GPU is of sm_{major}{minor}, not sm_90, sm_100 or sm_103")
+    # How many bits tensor cores keep between two additions is not published.
+    return Machine(CompiledPrograms(), torch.device("cuda"), has_fp4=major == 10, sums=2.0**-20)
+
+
+@pytest.fixture
+def fp4_machine(machine: Machine) -> Machine:
+    if not machine.has_fp4:
+        pytest.skip("the GPU has no fp4 units")
+    return machine
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +86,12 @@ def same_rows(found: Rows, packed: torch.Tensor, scales: torch.Tensor, groups: G
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("columns", [16, 272])
-def test_rows_are_those_of_the_format(layout: str, dtype: torch.dtype, columns: int) -> None:
+def test_rows_are_those_of_the_format(
+    machine: Machine, layout: str, dtype: torch.dtype, columns: int
+) -> None:
     groups = LAYOUTS[layout]
     plain = normal(1, groups.num_rows, columns, dtype=dtype) * 4
-    found = quantise_rows(PROGRAMS, poisoned(plain, groups), SCALES, groups)
+    found = machine.run(quantise_rows, poisoned(plain, groups), SCALES, groups)
     for scale, place in zip(SCALES, places(groups), strict=True):
         packed, scales = quantise_nvfp4(plain[place], scale)
         assert found.scales is not None
@@ -82,31 +106,35 @@ def test_rows_are_those_of_the_format(layout: str, dtype: torch.dtype, columns: 
     divisor_exponent=st.integers(-100, 100),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_block_is_that_of_the_format(values: list[float], divisor_exponent: int) -> None:
+def test_any_block_is_that_of_the_format(
+    machine: Machine, values: list[float], divisor_exponent: int
+) -> None:
     plain, scale = torch.tensor([values]), torch.tensor([2.0**divisor_exponent])
     groups = groups_of([1])
     rows = torch.cat([plain, plain.new_full((3, 16), torch.nan)])
     same_rows(
-        quantise_rows(PROGRAMS, rows, scale, groups), *quantise_nvfp4(plain, scale), groups=groups
+        machine.run(quantise_rows, rows, scale, groups),
+        *quantise_nvfp4(plain, scale),
+        groups=groups,
     )
 
 
-def test_rows_are_those_of_nvidias_headers(vendor: VendorConversions) -> None:
+def test_rows_are_those_of_nvidias_headers(machine: Machine, vendor: VendorConversions) -> None:
     groups = groups_of([40])
     plain = normal(5, groups.num_rows, 256, dtype=BF16).float() * 30
     scale = torch.tensor([0.03])
     divisor = scale.reciprocal().expand(groups.num_rows, 16)
     packed, scales = vendor.quantise_nvfp4(plain, divisor)
-    same_rows(quantise_rows(PROGRAMS, plain, scale, groups), packed, scales, groups)
+    same_rows(machine.run(quantise_rows, plain, scale, groups), packed, scales, groups)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_swiglu_rounds_as_tensors_do(dtype: torch.dtype) -> None:
+def test_swiglu_rounds_as_tensors_do(machine: Machine, dtype: torch.dtype) -> None:
     groups = groups_of([5, 17, 2], alignment=8)
     gate_up = normal(2, groups.num_rows, 2 * 272, dtype=dtype) * 3
     gate, up = gate_up.chunk(2, dim=1)
-    found = swiglu_quantise(PROGRAMS, poisoned(gate_up, groups), SCALES, groups)
-    wanted = quantise_rows(PROGRAMS, F.silu(gate) * up, SCALES, groups)
+    found = machine.run(swiglu_quantise, poisoned(gate_up, groups), SCALES, groups)
+    wanted = machine.run(quantise_rows, F.silu(gate) * up, SCALES, groups)
     assert wanted.scales is not None
     # silu itself may be one bit off, which moves a value to the next code now and then.
     different = same = 0
@@ -120,17 +148,17 @@ def test_swiglu_rounds_as_tensors_do(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("rows", "parts", "columns"), [(224, 2, 144), (300, 1, 528)])
 @pytest.mark.parametrize("out_dtype", [BF16, torch.float32])
 def test_product_is_that_of_the_dequantised_operands(
-    layout: str, rows: int, parts: int, columns: int, out_dtype: torch.dtype
+    fp4_machine: Machine, layout: str, rows: int, parts: int, columns: int, out_dtype: torch.dtype
 ) -> None:
     groups = LAYOUTS[layout]
     stored = stored_weight(3, 3, rows, columns, num_parts=parts)
     weight = Nvfp4Weight.of(stored)
     plain = normal(4, groups.num_rows, columns, dtype=BF16)
-    quantised = quantise_rows(PROGRAMS, poisoned(plain, groups), SCALES, groups)
+    quantised = fp4_machine.run(quantise_rows, poisoned(plain, groups), SCALES, groups)
     alphas = SCALES.unsqueeze(1) * weight.global_scale
-    found = nvfp4_product(PROGRAMS, quantised, weight, alphas, groups, out_dtype)
+    found = fp4_machine.run(nvfp4_product, quantised, weight, alphas, groups, out_dtype)
     assert (found.shape, found.dtype) == ((groups.num_rows, rows), out_dtype)
-    error = 2.0**-8 if out_dtype is BF16 else columns * 2.0**-24
+    error = 2.0**-8 if out_dtype is BF16 else columns * fp4_machine.sums
     assert quantised.scales is not None
     for expert, place in enumerate(places(groups)):
         rows_RK = dequantise_nvfp4(quantised.values[place], quantised.scales[place], 1.0).double()
@@ -140,14 +168,16 @@ def test_product_is_that_of_the_dequantised_operands(
         assert bool(((found[place].double() - wanted).abs() <= bound + 1e-30).all())
 
 
-def test_a_stated_global_scale_multiplies_every_sum() -> None:
+def test_a_stated_global_scale_multiplies_every_sum(fp4_machine: Machine) -> None:
     groups = groups_of([4, 2])
     stored = stored_weight(8, 2, 128, 64)
     weight = Nvfp4Weight.of(stored)
-    rows = quantise_rows(PROGRAMS, normal(9, groups.num_rows, 64), torch.ones(2), groups)
-    plain = nvfp4_product(PROGRAMS, rows, weight, weight.global_scale, groups, torch.float32)
+    rows = fp4_machine.run(quantise_rows, normal(9, groups.num_rows, 64), torch.ones(2), groups)
+    plain = fp4_machine.run(nvfp4_product, rows, weight, weight.global_scale, groups, torch.float32)
     stated = replace(rows, global_scale=0.25)
-    scaled = nvfp4_product(PROGRAMS, stated, weight, weight.global_scale, groups, torch.float32)
+    scaled = fp4_machine.run(
+        nvfp4_product, stated, weight, weight.global_scale, groups, torch.float32
+    )
     for place in places(groups):
         assert torch.equal(scaled[place], plain[place] * 0.25)
 
@@ -155,33 +185,35 @@ def test_a_stated_global_scale_multiplies_every_sum() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("intermediate", "columns"), [(112, 144), (272, 272)])
 def test_gate_and_up_in_one_program_are_the_three_in_turn(
-    layout: str, intermediate: int, columns: int
+    fp4_machine: Machine, layout: str, intermediate: int, columns: int
 ) -> None:
     groups = LAYOUTS[layout]
     weight = Nvfp4Weight.of(stored_weight(6, 3, 2 * intermediate, columns, num_parts=2))
     plain = normal(7, groups.num_rows, columns, dtype=BF16)
-    rows = quantise_rows(PROGRAMS, plain, SCALES, groups)
+    rows = fp4_machine.run(quantise_rows, plain, SCALES, groups)
     alphas = weight.global_scale * 0.01
-    found = nvfp4_gate_up(PROGRAMS, rows, weight, alphas, SCALES, groups)
-    gate_up = nvfp4_product(PROGRAMS, rows, weight, alphas, groups, BF16)
-    wanted = swiglu_quantise(PROGRAMS, gate_up, SCALES, groups)
+    found = fp4_machine.run(nvfp4_gate_up, rows, weight, alphas, SCALES, groups)
+    gate_up = fp4_machine.run(nvfp4_product, rows, weight, alphas, groups, BF16)
+    wanted = fp4_machine.run(swiglu_quantise, gate_up, SCALES, groups)
     assert wanted.scales is not None
     same_rows(found, wanted.values, wanted.scales, groups)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("rows", "parts", "columns"), [(224, 2, 144), (300, 1, 528)])
-def test_weights_alone_lose_nothing(layout: str, rows: int, parts: int, columns: int) -> None:
+def test_weights_alone_lose_nothing(
+    machine: Machine, layout: str, rows: int, parts: int, columns: int
+) -> None:
     groups = LAYOUTS[layout]
     stored = stored_weight(3, 3, rows, columns, num_parts=parts, static_input=False)
     plain = normal(4, groups.num_rows, columns, dtype=BF16)
-    found = weight_only_product(
-        PROGRAMS, poisoned(plain, groups), Nvfp4Weight.of(stored), groups, torch.float32
+    found = machine.run(
+        weight_only_product, poisoned(plain, groups), Nvfp4Weight.of(stored), groups, torch.float32
     )
     for expert, place in enumerate(places(groups)):
         exact = plain[place].double()
         wanted = exact @ dequantised(stored, expert).T
-        bound = columns * 2.0**-24 * (exact.abs() @ dequantised(stored, expert).abs().T)
+        bound = columns * machine.sums * (exact.abs() @ dequantised(stored, expert).abs().T)
         assert_close(
             torch.maximum((found[place].double() - wanted).abs() - bound, torch.zeros(())),
             torch.zeros_like(wanted),
