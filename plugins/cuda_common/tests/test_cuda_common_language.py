@@ -187,6 +187,41 @@ def test_reductions_and_functions_are_torchs() -> None:
     torch.testing.assert_close(found, torch.cat(wanted))
 
 
+def functions(source, target, length, N: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    tl.static_assert(N == 8)
+    tl.assume(length > 0)
+    lanes = tl.max_contiguous(tl.multiple_of(tl.arange(0, N), N), N)
+    number = tl.load(source + lanes)
+    tl.store(target + lanes, tl.log(number) + tl.log2(number))
+    tl.store(target + N + lanes, tl.rsqrt(number) + tl.sqrt(number))
+    tl.store(target + 2 * N + lanes, tl.floor(number) - tl.ceil(number))
+    tl.store(target + 3 * N + lanes, tl.clamp(number, 0.5, 1.5))
+    tl.debug_barrier()
+    both = tl.interleave(number, -number)
+    tl.store(target + 4 * N + tl.arange(0, 2 * N), both)
+    total = tl.zeros((N,), dtype=tl.float32)
+    for step in tl.range(1, length, 2):
+        total += number * step
+    tl.store(target + 6 * N + lanes, tl.reshape(tl.expand_dims(total, 0), (N,)))
+
+
+def test_functions_are_torchs() -> None:
+    number = torch.rand(8, generator=torch.Generator().manual_seed(8)) * 3 + 0.1
+    found = torch.full((56,), torch.nan)
+    PROGRAMS.launch(functions, 1, [number, found, 6], {"N": 8})
+    wanted = [
+        number.log() + number.log2(),
+        number.rsqrt() + number.sqrt(),
+        number.floor() - number.ceil(),
+        number.clamp(0.5, 1.5),
+        torch.stack((number, -number), dim=1).flatten(),
+        number * (1 + 3 + 5),
+    ]
+    torch.testing.assert_close(found, torch.cat(wanted))
+    with pytest.raises(AssertionError, match="assumes what does not hold"):
+        PROGRAMS.launch(functions, 1, [number, found, 0], {"N": 8})
+
+
 def walk(counts, target, limit, GROUPS: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
     """Which group a tile of 4 rows belongs to, as grouped products look for it."""
     tile = tl.program_id(0)
@@ -544,8 +579,18 @@ WHOLE: list[tuple[Callable[..., None], int, list[Any], dict[str, Any]]] = [
 NAMES = [f"{source.__name__} {number}" for number, (source, *_) in enumerate(WHOLE)]
 
 
+ROUNDED = [
+    (functions, 1, [of_seed(7, 8), torch.zeros(56), 6], {"N": 8}),
+    (reductions, 1, [of_seed(8, 64), torch.zeros(161)], {"N": 8}),
+]
+
+
 @needs_triton
-@pytest.mark.parametrize(("source", "grid", "arguments", "constants"), WHOLE, ids=NAMES)
+@pytest.mark.parametrize(
+    ("source", "grid", "arguments", "constants"),
+    [*WHOLE, *ROUNDED],
+    ids=[*NAMES, "functions", "reductions"],
+)
 def test_what_is_emulated_is_what_triton_compiles(
     source: Callable[..., None], grid: int, arguments: list[Any], constants: dict[str, Any]
 ) -> None:

@@ -41,11 +41,6 @@ def zeros(shape: Sequence[int], dtype: Dtype) -> Value:
     return Value(torch.zeros(tuple(shape), dtype=dtype.kept_as), dtype)
 
 
-def zeros_like(value: Value) -> Value:
-    """Zero everywhere, in the shape and format of another block."""
-    return Value(torch.zeros_like(value.data), value.dtype)
-
-
 def _check_shape(shape: Sequence[int]) -> None:
     if any(size < 1 or size.bit_count() != 1 for size in shape):
         raise ValueError(f"each dimension of a block is a power of 2, not {list(shape)}")
@@ -134,12 +129,6 @@ def broadcast_to(value: Any, *shape: Any) -> Value:
     return Value(block.data.broadcast_to(tuple(_flat(shape))), block.dtype)
 
 
-def broadcast(one: Value, other: Value) -> tuple[Value, Value]:
-    """Two blocks in the shape that both have a part in."""
-    left, right = torch.broadcast_tensors(one.data, other.data)
-    return Value(left, one.dtype), Value(right, other.dtype)
-
-
 def join(one: Value, other: Value) -> Value:
     """Two blocks side by side, along a new last dimension."""
     left, right, dtype = _same_format(one, other)
@@ -160,11 +149,6 @@ def interleave(one: Value, other: Value) -> Value:
     """Two blocks in turn along the last dimension."""
     joined = join(one, other)
     return Value(joined.data.flatten(-2), joined.dtype)
-
-
-def cat(one: Value, other: Value, can_reorder: bool = False) -> Value:
-    """One block after the other; the order is free on a chip where ``can_reorder`` says so."""
-    return Value(torch.cat((one.data, other.data)), one.dtype)
 
 
 def _flat(dims: Sequence[Any]) -> tuple[int, ...]:
@@ -221,11 +205,6 @@ def argmax(value: Value, axis: int, tie_break_left: bool = True, keep_dims: bool
     return result(torch.argmax(value.data, axis, keepdim=keep_dims).to(torch.int32), dtypes.int32)
 
 
-def argmin(value: Value, axis: int, tie_break_left: bool = True, keep_dims: bool = False) -> Any:
-    """Where the smallest number along one dimension is, the first of equals."""
-    return result(torch.argmin(value.data, axis, keepdim=keep_dims).to(torch.int32), dtypes.int32)
-
-
 def _refuse_indices(options: dict[str, Any]) -> None:
     if options.pop("return_indices", False):
         raise NotImplementedError("reductions with indices are not emulated: use tl.argmax")
@@ -269,11 +248,7 @@ exp2 = _function(torch.exp2)
 log = _function(torch.log)
 log2 = _function(torch.log2)
 sqrt = _function(torch.sqrt)
-sqrt_rn = _function(torch.sqrt)
 rsqrt = _function(torch.rsqrt)
-sin = _function(torch.sin)
-cos = _function(torch.cos)
-erf = _function(torch.erf)
 floor = _function(torch.floor)
 ceil = _function(torch.ceil)
 sigmoid = _function(torch.sigmoid)
@@ -285,19 +260,6 @@ def size_of(value: Any) -> Any:
         return -value if value < 0 else value
     values.to_compute(value.dtype)
     return result(torch.abs(value.data), value.dtype)
-
-
-def fma(one: Any, other: Any, added: Any) -> Any:
-    """A product and a sum that is rounded once."""
-    left, right, dtype = _same_format(one, other)
-    wide = left.to(torch.float64) * right.to(torch.float64)
-    wide = wide + value_of(added, Value(left, dtype)).data.to(torch.float64)
-    return Value(wide.to(dtype.kept_as), dtype)
-
-
-def fdiv(one: Any, other: Any, ieee_rounding: bool = False) -> Any:
-    """A quotient of floating-point numbers."""
-    return plain_value(one) / other
 
 
 def div_rn(one: Any, other: Any) -> Any:

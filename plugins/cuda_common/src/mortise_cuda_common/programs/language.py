@@ -47,7 +47,6 @@ class Language:
     bfloat16 = dtypes.bfloat16
     float32 = dtypes.float32
     float64 = dtypes.float64
-    pointer_type = memory.PointerType
 
     load = staticmethod(memory.load)
     store = staticmethod(memory.store)
@@ -59,7 +58,6 @@ class Language:
     arange = staticmethod(blocks.arange)
     full = staticmethod(blocks.full)
     zeros = staticmethod(blocks.zeros)
-    zeros_like = staticmethod(blocks.zeros_like)
     cast = staticmethod(blocks.cast)
     where = staticmethod(blocks.where)
     maximum = staticmethod(blocks.maximum)
@@ -68,36 +66,26 @@ class Language:
     trans = staticmethod(blocks.trans)
     permute = staticmethod(blocks.permute)
     reshape = staticmethod(blocks.reshape)
-    view = staticmethod(blocks.reshape)
     expand_dims = staticmethod(blocks.expand_dims)
     broadcast_to = staticmethod(blocks.broadcast_to)
-    broadcast = staticmethod(blocks.broadcast)
     join = staticmethod(blocks.join)
     split = staticmethod(blocks.split)
     interleave = staticmethod(blocks.interleave)
-    cat = staticmethod(blocks.cat)
     sum = staticmethod(blocks.block_sum)
     cumsum = staticmethod(blocks.cumsum)
     max = staticmethod(blocks.block_max)
     min = staticmethod(blocks.block_min)
     argmax = staticmethod(blocks.argmax)
-    argmin = staticmethod(blocks.argmin)
     abs = staticmethod(blocks.size_of)
     exp = staticmethod(blocks.exp)
     exp2 = staticmethod(blocks.exp2)
     log = staticmethod(blocks.log)
     log2 = staticmethod(blocks.log2)
     sqrt = staticmethod(blocks.sqrt)
-    sqrt_rn = staticmethod(blocks.sqrt_rn)
     rsqrt = staticmethod(blocks.rsqrt)
-    sin = staticmethod(blocks.sin)
-    cos = staticmethod(blocks.cos)
-    erf = staticmethod(blocks.erf)
     floor = staticmethod(blocks.floor)
     ceil = staticmethod(blocks.ceil)
     sigmoid = staticmethod(blocks.sigmoid)
-    fma = staticmethod(blocks.fma)
-    fdiv = staticmethod(blocks.fdiv)
     div_rn = staticmethod(blocks.div_rn)
     cdiv = staticmethod(blocks.cdiv)
 
@@ -115,7 +103,6 @@ class Language:
         return value
 
     max_contiguous = multiple_of
-    max_constancy = multiple_of
 
     @staticmethod
     def assume(condition: Any) -> None:

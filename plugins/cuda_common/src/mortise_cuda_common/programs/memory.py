@@ -104,13 +104,6 @@ class Pointer:
             raise IndexError("a single address has no dimensions")
         return Pointer(self.memory, self.element, self.base, self.offsets[key])
 
-    def to(self, dtype: PointerType, bitcast: bool = True) -> Pointer:
-        """To the same memory, as numbers of another format of as many bits."""
-        element = dtype.element_ty
-        if element.bits != self.element.bits:
-            raise TypeError(f"memory of {self.element} is not emulated as {element}")
-        return Pointer(self.memory, element, self.base, self.offsets)
-
     def lanes(self) -> torch.Tensor:
         """The address of each lane."""
         if self.offsets is None:
