@@ -223,5 +223,6 @@ def test_all_are_probed_but_the_reference(installed: FakeDistribution) -> None:
     probed = {row.name: row for row in probe_backends(rows(), answering(auto_b=found()))}
     assert probed["auto_a"].reason is ReasonCode.DEVICE_ABSENT
     assert "/dev/no-such-node*" in probed["auto_a"].explanation
+    assert "driver" in probed["auto_a"].remedy
     assert (probed["auto_b"].usable, probed["auto_b"].explanation) == (True, "seen")
     assert probed["reference"].usable

@@ -81,7 +81,8 @@ def _probed(row: Candidate, probe: Callable[[str], ProbeOutcome]) -> tuple[Candi
         return row, 0
     if manifest.devices and not any(map(_exists, manifest.devices)):
         nodes = ", ".join(manifest.devices)
-        return row.rejected(ReasonCode.DEVICE_ABSENT, f"no device node like {nodes}"), 0
+        remedy = "load the driver, and hand the device to this container"
+        return row.rejected(ReasonCode.DEVICE_ABSENT, f"no device node like {nodes}", remedy), 0
     outcome = probe(manifest.object)
     if outcome.reason is not None:
         return row.rejected(outcome.reason, outcome.explanation, outcome.remedy), 0
@@ -89,7 +90,8 @@ def _probed(row: Candidate, probe: Callable[[str], ProbeOutcome]) -> tuple[Candi
     if fit is None:
         wanted = ", ".join(manifest.arch)
         explanation = f"made for {wanted}, found {outcome.arch or 'no architecture'}"
-        return row.rejected(ReasonCode.ARCH_MISMATCH, explanation), 0
+        remedy = "use a backend that is made for it"
+        return row.rejected(ReasonCode.ARCH_MISMATCH, explanation, remedy), 0
     seen = replace(
         row, stage=Stage.DEVICE_SEEN, reason=None, explanation=outcome.explanation, remedy=""
     )
