@@ -32,7 +32,8 @@ class Rows:
     Args:
         values, scales: as the kind says.
         kind: what they are.
-        global_scale: NVFP4: the factor common to all scales.
+        global_scale: NVFP4: the factor common to all scales; None where each group has its own,
+            which the product that quantised the rows knows.
     """
 
     values: torch.Tensor
