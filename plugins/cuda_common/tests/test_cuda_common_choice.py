@@ -116,15 +116,16 @@ def test_a_table_that_a_benchmark_wrote_is_read(tmp_path: Path) -> None:
     [
         ("measurements = [", "measured.toml"),
         ("measurements = []", "measurements"),
-        ('[[measurements]]\nsource = "ours"\n', "date"),
+        ('[[measurements]]\nsource = "ours"\n', r"measurements\.0\.date: Field required; meas"),
         ("\x00", "measured.toml"),
     ],
 )
 def test_a_table_that_is_none_is_an_error(tmp_path: Path, text: str, what: str) -> None:
     path = tmp_path / "measured.toml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=what):
+    with pytest.raises(ConfigError, match=what) as caught:
         read_measurements(path)
+    assert "\n" not in caught.value.what
     with pytest.raises(ConfigError, match=r"missing\.toml"):
         read_measurements(tmp_path / "missing.toml")
 

@@ -156,10 +156,18 @@ def read_measurements(path: str | Path | None = None) -> tuple[Measurement, ...]
         return _Table.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).measurements
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
         raise ConfigError(
-            f"figures of runners cannot be read from {path}: {error}",
+            f"figures of runners cannot be read from {path}: {_in_words(error)}",
             expected="a TOML table of measurements like mortise_cuda_common/runner_figures.toml",
             remedy="correct the file, or remove runner_figures and go by published figures",
         ) from error
+
+
+def _in_words(error: Exception) -> str:
+    """One line, every complaint with its place in the table."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    complaints = error.errors(include_url=False)
+    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in complaints)
 
 
 def _of_size(measurement: Measurement, size: int) -> Iterator[Figure]:
