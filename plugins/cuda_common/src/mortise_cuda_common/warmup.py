@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -51,7 +52,18 @@ def launches(backend: Backend, device: torch.device, request: WarmupRequest) -> 
         request: what the model will ask.
     """
     found = _Launches(backend, device, request)
-    return [*found.experts(), *found.linears(), *found.indexer(), *found.splits()]
+    jobs = (*found.experts(), *found.linears(), *found.indexer(), *found.splits())
+    return [replace(job, run=_on(device, job.run)) for job in jobs]
+
+
+def _on(device: torch.device, run: Callable[[], None]) -> Callable[[], None]:
+    """The same on one device: a job has a thread of its own, and each thread its own device."""
+
+    def there() -> None:
+        with device if device.type == "cuda" else nullcontext():
+            run()
+
+    return there
 
 
 @dataclass(frozen=True, slots=True)
