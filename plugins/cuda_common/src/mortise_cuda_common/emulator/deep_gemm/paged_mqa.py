@@ -61,26 +61,10 @@ def paged_logits(
     batch, next_n, heads, dim = shape_of(q, 4)
     require_query(state, q, heads, dim)
     keys, scale = _fused(state, kv_cache, dim)
-    require(weights.is_contiguous(), "weights.is_contiguous()")
-    require(
-        shape_of(weights, 2) == (batch * next_n, heads),
-        "_batch_size_next_n == batch_size * next_n and _num_heads == num_heads",
-    )
-    require_dtype(weights, torch.float32)
-    require(shape_of(block_table, 2)[0] == batch, "_batch_size == batch_size")
-    require(block_table.stride(1) == 1, "block_table.stride(1) == 1")
-    require_dtype(block_table, torch.int32)
+    _require_rows(q, weights, context_lens, block_table)
     require(indices is None, "no indices: rows of varying numbers of queries are not emulated")
     _require_schedule(state, schedule_meta)
-    require(context_lens.dim() == 2, "context_lens.dim() == 2")
-    require(
-        tuple(context_lens.shape) == (batch, next_n),
-        "batch_size == __batch_size and next_n == _next_n",
-    )
-    require(context_lens.is_contiguous(), "context_lens.is_contiguous()")
-    require_dtype(context_lens, torch.int32)
-    if state.is_sm90:
-        require(next_n in (1, 2), "next_n == 1 or next_n == 2")
+    require(not state.is_sm90 or next_n in (1, 2), "next_n == 1 or next_n == 2")
     require(not clean_logits, "not is_context_lens_2d")
 
     columns = -(-max_context_len // SPLIT) * SPLIT
@@ -100,6 +84,29 @@ def paged_logits(
                 found = scores(q[task.request, draft, None], key, key_scale, weights[row, None])
                 logits[row, start : start + seen] = found[0, :seen]
     return logits
+
+
+def _require_rows(
+    q: torch.Tensor, weights: torch.Tensor, context_lens: torch.Tensor, block_table: torch.Tensor
+) -> None:
+    """What comes with the query has its rows."""
+    batch, next_n, heads, _ = q.shape
+    require(weights.is_contiguous(), "weights.is_contiguous()")
+    require(
+        shape_of(weights, 2) == (batch * next_n, heads),
+        "_batch_size_next_n == batch_size * next_n and _num_heads == num_heads",
+    )
+    require_dtype(weights, torch.float32)
+    require(shape_of(block_table, 2)[0] == batch, "_batch_size == batch_size")
+    require(block_table.stride(1) == 1, "block_table.stride(1) == 1")
+    require_dtype(block_table, torch.int32)
+    require(context_lens.dim() == 2, "context_lens.dim() == 2")
+    require(
+        tuple(context_lens.shape) == (batch, next_n),
+        "batch_size == __batch_size and next_n == _next_n",
+    )
+    require(context_lens.is_contiguous(), "context_lens.is_contiguous()")
+    require_dtype(context_lens, torch.int32)
 
 
 def _fused(state: State, kv_cache: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
