@@ -35,7 +35,7 @@ class Nvfp4Weight:
         values, scale = _stacked(stored.weight, 3), _stacked(stored.scale, 3)
         parts = scale.unflatten(1, (stored.num_parts, -1))
         return cls(
-            values=values.contiguous(),
+            values=values.detach().contiguous(),
             # As bytes: the tiles are copied, and not every copy of float8 is there on every device.
             scales=swizzle_scales(parts.view(torch.uint8)).view(torch.float8_e4m3fn),
             global_scale=_stacked(stored.global_scale, 2).float().contiguous(),

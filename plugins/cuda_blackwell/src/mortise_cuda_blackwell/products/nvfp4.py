@@ -48,7 +48,7 @@ class Nvfp4Product(Product):
         assert stored.input_scale is not None
         weight = Nvfp4Weight.of(stored)
         # The parts multiply the same rows, so the widest range serves them all.
-        scales = stored.input_scale.float().view(weight.num_experts, -1).amax(dim=1)
+        scales = stored.input_scale.float().reshape(weight.num_experts, -1).amax(dim=1)
         return cls(programs, weight, scales, scales.unsqueeze(1) * weight.global_scale)
 
     @property
