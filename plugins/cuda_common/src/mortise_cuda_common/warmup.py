@@ -60,7 +60,7 @@ def _on(device: torch.device, run: Callable[[], None]) -> Callable[[], None]:
     """The same on one device: a job has a thread of its own, and each thread its own device."""
 
     def there() -> None:
-        with device if device.type == "cuda" else nullcontext():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             run()
 
     return there
