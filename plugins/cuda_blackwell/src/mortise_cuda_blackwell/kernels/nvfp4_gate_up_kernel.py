@@ -122,11 +122,14 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
         divisor = tl.load(divisors + expert)
         block = tl.reshape(number, (BLOCK_ROWS, 8, 16))
         largest = tl.max(tl.abs(block), 2)
-        scale = tl.minimum(divisor * (largest * (1 / 6)), 448.0).to(tl.float8e4nv)
+        # 0, or NaN where the block has one: comparisons of the chip drop it.
+        broken = tl.sum(tl.where(block == block, 0.0, block), 2)
+        scale = tl.minimum(divisor * (largest * (1 / 6)), 448.0) + broken
+        scale = scale.to(tl.float8e4nv)
         scale_f32 = scale.to(tl.float32)
         used = tl.where(scale_f32 == 0.0, 1.0, scale_f32)
         factor = tl.minimum(tl.div_rn(1.0, used * tl.div_rn(1.0, divisor)), 3.4028234663852886e38)
-        factor = tl.where(scale_f32 == 0.0, 0.0, factor)
+        factor = tl.where(scale_f32 == 0.0, 0.0, factor) + broken
         scaled = tl.reshape(block * tl.expand_dims(factor, 2), (BLOCK_ROWS, 64, 2))
         size = tl.abs(scaled)
         code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32)
@@ -134,6 +137,7 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
         code += (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
         code += (size > 5.0).to(tl.int32)
         code += tl.where(scaled.to(tl.int32, bitcast=True) < 0, 8, 0)
+        code = tl.where(scaled == scaled, code, 7)
         low, high = tl.split(code)
         pair = part_tile * 64 + tl.arange(0, 64)
         inside = there[:, None] & (pair < PART_ROWS // 2)[None, :]

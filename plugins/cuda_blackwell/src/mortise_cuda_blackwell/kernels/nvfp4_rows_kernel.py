@@ -31,7 +31,7 @@ def quantise_kernel(  # type: ignore[no-untyped-def]
     """Quantise one block of rows of one group, some of its columns.
 
     The arithmetic is that of ``mortise.formats.nvfp4``, in its order: exact quotients, ties of e2m1
-    told by comparisons. NaN is not looked for: it becomes some code.
+    told by comparisons. NaN makes the scale of its block NaN.
 
     Args:
         rows: pointer to bfloat16 or float32 ``[R, COLUMNS]``, or gate and up beside one another.
@@ -78,12 +78,15 @@ def quantise_kernel(  # type: ignore[no-untyped-def]
                 number = silu * up
         block = tl.reshape(number, (BLOCK_ROWS, BLOCK_COLUMNS // 16, 16))
         largest = tl.max(tl.abs(block), 2)
-        scale = tl.minimum(divisor * (largest * (1 / 6)), 448.0).to(tl.float8e4nv)
+        # 0, or NaN where the block has one: comparisons of the chip drop it.
+        broken = tl.sum(tl.where(block == block, 0.0, block), 2)
+        scale = tl.minimum(divisor * (largest * (1 / 6)), 448.0) + broken
+        scale = scale.to(tl.float8e4nv)
         scale_f32 = scale.to(tl.float32)
         used = tl.where(scale_f32 == 0.0, 1.0, scale_f32)
         # A quotient that would be infinite is the largest float32.
         factor = tl.minimum(tl.div_rn(1.0, used * undivisor), 3.4028234663852886e38)
-        factor = tl.where(scale_f32 == 0.0, 0.0, factor)
+        factor = tl.where(scale_f32 == 0.0, 0.0, factor) + broken
         scaled = tl.reshape(block * tl.expand_dims(factor, 2), (BLOCK_ROWS, BLOCK_COLUMNS // 2, 2))
         size = tl.abs(scaled)
         code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32)
@@ -91,6 +94,7 @@ def quantise_kernel(  # type: ignore[no-untyped-def]
         code += (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
         code += (size > 5.0).to(tl.int32)
         code += tl.where(scaled.to(tl.int32, bitcast=True) < 0, 8, 0)
+        code = tl.where(scaled == scaled, code, 7)
         low, high = tl.split(code)
         pair = start // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
         inside = there[:, None] & (pair[None, :] < COLUMNS // 2)
