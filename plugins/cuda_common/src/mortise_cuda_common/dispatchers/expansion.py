@@ -32,6 +32,10 @@ class Expansion:
         # float8 cannot be selected by index.
         return received.view(torch.uint8).index_select(0, self.sources).view(received.dtype)
 
+    def apply_to_scales(self, received: torch.Tensor) -> torch.Tensor:
+        """Scales ``[N, S]`` at all of their places, column after column, as products load them."""
+        return received.T.index_select(1, self.sources).T
+
 
 def expansion(local_ids_NK: torch.Tensor, counts: Sequence[int], alignment: int) -> Expansion:
     """Give every choice of a local expert its row; nothing waits for the device.

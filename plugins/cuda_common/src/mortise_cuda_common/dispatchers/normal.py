@@ -79,9 +79,10 @@ class NormalExchange:
         aligned = format.row_layout is RowLayout.GROUPED_ALIGNED
         places = expansion(local_ids.long(), counts, format.alignment if aligned else 1)
         rows = places.apply(received_rows)
+        scales = None if received_scales is None else places.apply_to_scales(received_scales)
         tokens = DispatchedTokens(
             rows=rows,
-            scales=None if received_scales is None else places.apply(received_scales),
+            scales=scales,
             group_list=torch.tensor(counts, dtype=torch.int64, device=rows.device),
             group_list_kind=GroupListKind.COUNTS,
             group_counts=tuple(counts),
