@@ -103,7 +103,7 @@ def test_rows_are_those_of_the_format(
     values=st.lists(st.floats(width=32), min_size=16, max_size=16),
     divisor_exponent=st.integers(-100, 100),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_block_is_that_of_the_format(
     machine: Machine, values: list[float], divisor_exponent: int
 ) -> None:

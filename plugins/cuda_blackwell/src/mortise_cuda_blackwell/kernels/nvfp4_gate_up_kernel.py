@@ -123,7 +123,7 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
         block = tl.reshape(number, (BLOCK_ROWS, 8, 16))
         largest = tl.max(tl.abs(block), 2)
         # 0, or NaN where the block has one: comparisons of the chip drop it.
-        broken = tl.sum(tl.where(block == block, 0.0, block), 2)
+        broken = tl.abs(tl.sum(tl.where(block == block, 0.0, block), 2))
         scale = tl.minimum(divisor * (largest * (1 / 6)), 448.0) + broken
         scale = scale.to(tl.float8e4nv)
         scale_f32 = scale.to(tl.float32)
