@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import torch
 
-from benchmarks.cuda import indexer, model, moe, qkv
+from benchmarks.cuda import indexer, model, moe, qkv, runner_figures
 from benchmarks.cuda.clock import Clock, copy_bandwidth
 from benchmarks.cuda.rows import Row, show
 from benchmarks.cuda.subjects import bound
@@ -31,6 +31,11 @@ TINY = moe.Shape(name="tiny, 4 of 256 x 128", experts=4, hidden=256, intermediat
 @click.option("--rounds", default=30, show_default=True, help="Timed calls of each way.")
 @click.option("--tiny", is_flag=True, help="Small sizes, to see that everything runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--figures",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write a table for the option runner_figures.",
+)
 @click.option("--save", "keep", is_flag=True, help="Write the result to benchmarks/results.")
 def main(
     backend: str,
@@ -39,6 +44,7 @@ def main(
     rounds: int,
     tiny: bool,
     as_json: bool,
+    figures: Path | None,
     keep: bool,
 ) -> None:
     """Measure the hooks of a backend on a GPU, beside their peers."""
@@ -51,6 +57,10 @@ def main(
     clock = Clock(device=capabilities.device, rounds=rounds, warm_up=1 if tiny else 3)
     rows = list(_rows(backend, device, clock, only or BENCHMARKS, tiny=tiny))
     text = report(_command(backend, only, rounds), [], _facts(clock, rows, capabilities.emulated))
+    if figures is not None:
+        on_gpu = clock.device.type == "cuda"
+        chip = torch.cuda.get_device_name(clock.device) if on_gpu else "no GPU"
+        figures.write_text(runner_figures.table(rows, chip), encoding="utf-8")
     if as_json:
         click.echo(text)
     else:

@@ -59,7 +59,7 @@ def measure(
             case=f"{rows} rows of {keys:,} keys, {HEADS} heads of {DIM}",
             microseconds=times,
             figures={
-                f"{name}: floor / time": nbytes / bandwidth * 1e6 / taken
+                name: {"floor / time": nbytes / bandwidth * 1e6 / taken}
                 for name, taken in times.items()
             },
             missing=missing,

@@ -1,4 +1,4 @@
-"""The experts of one rank: our apply by each runner, and a public Triton fused MoE."""
+"""The experts of one rank: our apply by each runner, DeepGEMM alone, and a public Triton MoE."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.cuda import deep_gemm_alone
 from benchmarks.cuda.rows import Row
 from benchmarks.cuda.subjects import by_runner
-from mortise.formats.fp8 import BLOCK
+from mortise.errors import MortiseError
+from mortise.formats.fp8 import GROUP as BLOCK
 from mortise.plugin import (
     DispatchDtype,
     DispatchMode,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from benchmarks.cuda.clock import Clock
     from mortise.backends import BoundBackend
+    from mortise.plugin import DispatchedTokens
 
 NAME = "experts"
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
@@ -105,6 +108,12 @@ def _row(
     for name, subject in subjects.items():
         ways[name] = _apply(subject, shape, experts, mode, hidden, routing)
     missing = dict(missing)
+    try:
+        alone = deep_gemm_alone.library(clock.device)
+        arrived, _ = _arrived(subjects["deep_gemm"], shape, experts, mode, hidden, routing)
+        ways["DeepGEMM's two products alone"] = deep_gemm_alone.products(alone, arrived, experts)
+    except (KeyError, MortiseError) as error:
+        missing["DeepGEMM's two products alone"] = str(error)
     if mode is DispatchMode.NORMAL:
         try:
             ways["vllm fused_experts, exchange included"] = _vllm(experts, hidden, routing)
@@ -114,10 +123,23 @@ def _row(
     flops = 2 * tokens * shape.chosen * shape.hidden * shape.intermediate * 3
     touched = min(shape.experts, tokens * shape.chosen)
     nbytes = touched * shape.hidden * shape.intermediate * 3
-    figures = {f"{name}: TFLOPS": flops / taken * 1e-6 for name, taken in times.items()}
-    figures |= {f"{name}: weights GB/s": nbytes / taken * 1e-3 for name, taken in times.items()}
+    figures = {
+        name: {"TFLOPS": flops / taken * 1e-6, "weights, GB/s": nbytes / taken * 1e-3}
+        for name, taken in times.items()
+    }
     case = f"{shape.name}, {mode.value}, {tokens:,} tokens"
-    return Row(benchmark=NAME, case=case, microseconds=times, figures=figures, missing=missing)
+    return Row(
+        benchmark=NAME,
+        case=case,
+        microseconds=times,
+        figures=figures,
+        missing=missing,
+        sizes={
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "rows_per_expert": tokens * shape.chosen / shape.experts,
+        },
+    )
 
 
 def _apply(
@@ -129,6 +151,18 @@ def _apply(
     routing: Routing,
 ) -> Callable[[], object]:
     """The experts of one backend on rows that its own exchange has brought already."""
+    arrived, prepared = _arrived(subject, shape, experts, mode, hidden, routing)
+    return lambda: subject.ops.quantized_moe_apply(arrived, prepared, torch.bfloat16)
+
+
+def _arrived(
+    subject: BoundBackend,
+    shape: Shape,
+    experts: ExpertWeights,
+    mode: DispatchMode,
+    hidden: torch.Tensor,
+    routing: Routing,
+) -> tuple[DispatchedTokens, ExpertWeights]:
     ops = subject.ops
     decision = ops.resolve_dispatch_dtype(
         DispatchRequest(
@@ -157,7 +191,7 @@ def _apply(
         )
     )
     arrived, _ = dispatcher.dispatch(hidden, routing, decision.format)
-    return lambda: ops.quantized_moe_apply(arrived, prepared, torch.bfloat16)
+    return arrived, prepared
 
 
 def _vllm(experts: ExpertWeights, hidden: torch.Tensor, routing: Routing) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""The split of fused projections: a part of the copy bandwidth, and beside the unfused chain."""
+"""The split of fused projections beside the unfused chain; the aim is 0.85 of a copy's speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from benchmarks.cuda.clock import Clock
 
 NAME = "qkv_split"
-TARGET = 0.85
 SHAPES = {
     "Qwen3-Next 16/32 heads": (16, 32, 128, 128),
     "one of 4 ranks, 4/8 heads": (4, 8, 128, 128),
@@ -75,8 +74,10 @@ def _row(
         case=case,
         microseconds=times,
         figures={
-            "of copy bandwidth": moved / (times["fused"] * 1e-6) / bandwidth,
-            "target": TARGET,
-            "unfused / fused": times["unfused chain"] / times["fused"],
+            way: {
+                "of copy bandwidth": moved / (taken * 1e-6) / bandwidth,
+                "unfused / this": times["unfused chain"] / taken,
+            }
+            for way, taken in times.items()
         },
     )
