@@ -98,6 +98,9 @@ CALLS: dict[str, Callable[[Programs], object]] = {
     "int4_product": lambda run: int4_grouped.int4_product(
         run, nowhere(96, 256), *INT4_WEIGHT, GROUPS, BF16
     ),
+    "int4_gate_up": lambda run: int4_grouped.int4_gate_up(
+        run, nowhere(96, 256), *INT4_WEIGHT, GROUPS, BF16
+    ),
     "quantise_rows": lambda run: fp8_rows.quantise_rows(
         run, nowhere(96, 256), GROUPS, ScaleFormat.FLOAT32
     ),

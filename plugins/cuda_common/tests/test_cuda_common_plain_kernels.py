@@ -25,7 +25,7 @@ from mortise.formats.weights import dequantise_weight, quantise_weight
 from mortise.plugin import WeightScheme
 from mortise_cuda_common.groups import Groups
 from mortise_cuda_common.kernels import int4_grouped, plain_grouped
-from mortise_cuda_common.kernels.int4_grouped import int4_product
+from mortise_cuda_common.kernels.int4_grouped import int4_gate_up, int4_product
 from mortise_cuda_common.kernels.plain_grouped import (
     PRODUCT_TILINGS,
     plain_gate_up,
@@ -33,6 +33,8 @@ from mortise_cuda_common.kernels.plain_grouped import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from plugins.cuda_common.tests.kernel_cases import Machine
 
     from mortise.plugin import StoredWeight
@@ -62,9 +64,10 @@ def multiply_int4(
     stored: StoredWeight,
     groups: Groups,
     tiling: Tiling | None = None,
+    multiply: Callable[..., torch.Tensor] = int4_product,
 ) -> torch.Tensor:
     assert stored.scale is not None
-    return int4_product(
+    return multiply(
         machine.programs,
         machine.on(rows_RK),
         machine.on(stored.weight),
@@ -116,6 +119,26 @@ def test_gate_and_up_are_multiplied_and_gated_at_once(
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(groups=any_groups(), blocks=st.sampled_from([1, 3]), width=st.sampled_from(WIDTHS))
+def test_int4_gate_and_up_are_multiplied_and_gated_at_once(
+    machine: Machine, groups: Groups, blocks: int, width: int, group_size: int | None
+) -> None:
+    depth = 64 * blocks if group_size == 64 else 32 * blocks
+    rows_RK = rows_for(groups, depth)
+    stored = quantise_weight(
+        weight_for(groups, 2 * width, depth), WeightScheme.W4A16, group_size=group_size
+    )
+    found = multiply_int4(machine, rows_RK, stored, groups, multiply=int4_gate_up)
+    weight = dequantise_weight(stored).to(BF16)
+    for expert, place in places(groups):
+        products = sums(rows_RK[place], weight[expert], error(machine, depth))
+        assert swiglu(products, machine).rounded(torch.float32).holds(found[place])
+    if machine.is_emulated:
+        assert is_untouched(found, groups)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(groups=any_groups(), blocks=st.sampled_from([1, 3]), width=st.sampled_from(WIDTHS))
 def test_int4_weights_are_rounded_to_bfloat16_once_and_multiplied(
     machine: Machine, groups: Groups, blocks: int, width: int, group_size: int | None
 ) -> None:
@@ -160,6 +183,18 @@ def test_groups_of_more_rows_than_a_tile(machine: Machine, tiling: Tiling) -> No
         near = sums(rows_RK[place], weight[expert], error(machine, 72))
         assert near.rounded(torch.float32).holds(products[place])
         assert swiglu(near, machine).rounded(torch.float32).holds(gated[place])
+
+
+@pytest.mark.parametrize("tiling", int4_grouped.GATE_UP_TILINGS, ids=tiling_name)
+def test_gated_groups_of_more_rows_than_a_tile_times_int4(machine: Machine, tiling: Tiling) -> None:
+    groups = groups_of([tiling.block_m + 3, tiling.block_m - 8])
+    rows_RK = rows_for(groups, 72)
+    stored = quantise_weight(weight_for(groups, 272, 72), WeightScheme.W4A16, group_size=24)
+    found = multiply_int4(machine, rows_RK, stored, groups, tiling, int4_gate_up)
+    weight = dequantise_weight(stored).to(BF16)
+    for expert, place in places(groups):
+        near = sums(rows_RK[place], weight[expert], error(machine, 72))
+        assert swiglu(near, machine).rounded(torch.float32).holds(found[place])
 
 
 @pytest.mark.parametrize("tiling", [*int4_grouped.TILINGS, int4_grouped.NARROW], ids=tiling_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mortise_cuda_common.kernels.int4_grouped import int4_product
+from mortise_cuda_common.kernels.int4_grouped import int4_gate_up, int4_product
 from mortise_cuda_common.products.base import Product
 from mortise_cuda_common.rows import Kind, Rows
 
@@ -42,3 +42,9 @@ class Int4Product(Product):
     def multiply(self, rows: Rows, groups: Groups, out_dtype: torch.dtype) -> torch.Tensor:
         """Sum in float32, round once."""
         return int4_product(self.programs, rows.values, self.words, self.scale, groups, out_dtype)
+
+    def fused_gate_up(self, rows: Rows, groups: Groups, then: Product) -> Rows | None:
+        """Gate in the program, for whatever quantises it then."""
+        dtype = rows.values.dtype
+        gated_RI = int4_gate_up(self.programs, rows.values, self.words, self.scale, groups, dtype)
+        return then.quantise(gated_RI, groups)
