@@ -24,8 +24,10 @@ def test_a_program_is_compiled_to_what_was_meant(case: CompileCase, chip: Archit
 
 def test_every_program_is_compiled_for_both_chips() -> None:
     found = list(cases(kernels))
-    assert len({case.source.__module__ for case in found}) == 4
     assert len({case.name for case in found}) == len(found)
+    chips: dict[str, set[Architecture]] = {}
     for case in found:
-        assert case.architectures == (Architecture.SM100, Architecture.SM103)
+        chips.setdefault(case.source.__module__, set()).update(case.architectures)
         assert case.instructions or case.source.__name__ == "quantise_kernel"
+    assert len(chips) == 4
+    assert all(some == {Architecture.SM100, Architecture.SM103} for some in chips.values())

@@ -25,6 +25,8 @@ from torch.testing import assert_close
 
 from mortise.formats.nvfp4 import dequantise_nvfp4, quantise_nvfp4
 from mortise_cuda_blackwell.kernels.nvfp4_grouped import (
+    BLOCK_ROWS,
+    block_rows_of,
     nvfp4_gate_up,
     nvfp4_product,
     weight_only_product,
@@ -43,6 +45,7 @@ LAYOUTS = {
     "one after the other": groups_of([3, 0, 130]),
     "aligned": groups_of([3, 0, 20], alignment=128),
     "masked": groups_of([3, 0, 20], capacity=32),
+    "many": groups_of([200, 0, 190]),
     "none": groups_of([0, 0, 0]),
 }
 
@@ -74,6 +77,10 @@ def vendor(tmp_path_factory: pytest.TempPathFactory) -> VendorConversions:
         return VendorConversions(tmp_path_factory.mktemp("vendor"))
     except UnavailableError as error:
         pytest.skip(f"the vendor's headers cannot be compiled: {error}")
+
+
+def test_the_layouts_are_multiplied_in_tiles_of_every_height() -> None:
+    assert {block_rows_of(groups) for groups in LAYOUTS.values()} == set(BLOCK_ROWS)
 
 
 def same_rows(found: Rows, packed: torch.Tensor, scales: torch.Tensor, groups: Groups) -> None:

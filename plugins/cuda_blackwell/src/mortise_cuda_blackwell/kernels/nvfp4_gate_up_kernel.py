@@ -33,6 +33,7 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
 ) -> None:
     """Multiply one block of rows by 128 rows of gate and of up, and quantise their SwiGLU.
 
+    The weight is the first operand, which is 128 rows high: the second can be as few as 16.
     Sums, silu and its product with up are rounded to bfloat16, as they are where each of the three
     steps is a program of its own, and quantised in the order of ``mortise.formats.nvfp4``.
 
@@ -79,7 +80,7 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
         parts = tl.arange(0, 2)
         scale_tile = ((expert * 2 + parts) * PART_TILES + part_tile) * (COLUMN_TILES * 512)
 
-        sums = tl.zeros((BLOCK_ROWS, 256), dtype=tl.float32)
+        sums = tl.zeros((256, BLOCK_ROWS), dtype=tl.float32)
         for start in range(0, COLUMNS, BLOCK_COLUMNS):
             pair = start // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
             inside = pair < COLUMNS // 2
@@ -107,11 +108,10 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
             scales_N = tl.permute(scales_N, (0, 3, 2, 1, 4))
             scales_N = tl.reshape(scales_N, (256, BLOCK_COLUMNS // 16))
             sums = tl.dot_scaled(
-                block_RK, scales_R, "e2m1", tl.trans(block_NK), scales_N, "e2m1", sums
+                block_NK, scales_N, "e2m1", tl.trans(block_RK), scales_R, "e2m1", sums
             )
 
-        sums = tl.permute(tl.reshape(sums, (BLOCK_ROWS, 2, 128)), (0, 2, 1))
-        gate, up = tl.split(sums)
+        gate, up = tl.split(tl.permute(tl.reshape(sums, (2, 128, BLOCK_ROWS)), (2, 1, 0)))
         gate = gate * (row_alpha * tl.load(alphas + expert * 2))
         gate = gate.to(tl.bfloat16).to(tl.float32)
         up = up * (row_alpha * tl.load(alphas + expert * 2 + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -16,24 +17,28 @@ from mortise_cuda_blackwell.kernels.cases import (
     FP4_INSTRUCTION,
 )
 from mortise_cuda_blackwell.kernels.nvfp4_rows import power_of_two
+from mortise_cuda_common.kernels.tilings import rows_of_a_group
 from mortise_cuda_common.programs.base import CompileCase
 from mortise_cuda_common.rows import Kind, Rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mortise_cuda_blackwell.layout import Nvfp4Weight
+    from mortise_cuda_common.chip import Architecture
     from mortise_cuda_common.groups import Groups
     from mortise_cuda_common.programs.base import Programs
 
 TILE: Final = 128
-"""Rows of a weight, of one part, that one program multiplies."""
+"""Rows of a weight, of one part, that one program multiplies: what the tensor core takes."""
 
-BLOCK_ROWS: Final = 128
-"""Rows that the fp4 instruction takes."""
+BLOCK_ROWS: Final = (16, 32, 64, 128)
+"""Rows that it multiplies them by: the fewest that hold what a group is expected to have."""
+
 BLOCK_COLUMNS: Final = 256
 GATE_UP_WARPS: Final = 8
-"""Of gate and up in one program: with four it spills registers (ptxas of CUDA 12.9)."""
+"""Of gate and up in one program: four of them spill registers where rows are many."""
 
-PLAIN_BLOCK_ROWS: Final = 64
 PLAIN_BLOCK_COLUMNS: Final = 128
 
 
@@ -60,9 +65,10 @@ def nvfp4_product(
         ``[R, N]``; rows of no group are undefined.
     """
     output = rows.values.new_empty((groups.num_rows, weight.rows), dtype=out_dtype)
+    block_rows = block_rows_of(groups)
     programs.launch(
         grouped.product_kernel,
-        groups.most_tiles(BLOCK_ROWS) * weight.num_parts * -(-weight.part_rows // TILE),
+        groups.most_tiles(block_rows) * weight.num_parts * -(-weight.part_rows // TILE),
         (
             rows.values,
             rows.scales,
@@ -80,6 +86,7 @@ def nvfp4_product(
             columns=weight.columns,
             out_dtype=out_dtype,
             num_groups=groups.num_groups,
+            block_rows=block_rows,
         ),
     )
     return output
@@ -112,9 +119,10 @@ def nvfp4_gate_up(
     scales = rows.values.new_empty(
         (groups.num_rows, weight.part_rows // 16), dtype=torch.float8_e4m3fn
     )
+    block_rows = block_rows_of(groups)
     programs.launch(
         gate_up.gate_up_kernel,
-        groups.most_tiles(BLOCK_ROWS) * -(-weight.part_rows // TILE),
+        groups.most_tiles(block_rows) * -(-weight.part_rows // TILE),
         (
             rows.values,
             rows.scales,
@@ -129,7 +137,10 @@ def nvfp4_gate_up(
             groups.counts,
         ),
         gate_up_constants(
-            part_rows=weight.part_rows, columns=weight.columns, num_groups=groups.num_groups
+            part_rows=weight.part_rows,
+            columns=weight.columns,
+            num_groups=groups.num_groups,
+            block_rows=block_rows,
         ),
         num_warps=GATE_UP_WARPS,
     )
@@ -157,9 +168,10 @@ def weight_only_product(
     """
     assert plain_RK.dtype is torch.bfloat16 and plain_RK.stride(1) == 1
     output = plain_RK.new_empty((groups.num_rows, weight.rows), dtype=out_dtype)
+    block_rows = block_rows_of(groups)
     programs.launch(
         weight_only.product_kernel,
-        groups.most_tiles(PLAIN_BLOCK_ROWS) * weight.num_parts * -(-weight.part_rows // TILE),
+        groups.most_tiles(block_rows) * weight.num_parts * -(-weight.part_rows // TILE),
         (
             plain_RK,
             weight.values,
@@ -176,13 +188,26 @@ def weight_only_product(
             columns=weight.columns,
             out_dtype=out_dtype,
             num_groups=groups.num_groups,
+            block_rows=block_rows,
         ),
     )
     return output
 
 
+def block_rows_of(groups: Groups) -> int:
+    """Rows of a tile, by what the host knows of the rows that a group has."""
+    rows = rows_of_a_group(groups)
+    return next((block for block in BLOCK_ROWS if block >= rows), BLOCK_ROWS[-1])
+
+
 def product_constants(
-    *, part_rows: int, num_parts: int, columns: int, out_dtype: torch.dtype, num_groups: int
+    *,
+    part_rows: int,
+    num_parts: int,
+    columns: int,
+    out_dtype: torch.dtype,
+    num_groups: int,
+    block_rows: int,
 ) -> dict[str, int | float | bool]:
     """The constants of a launch of :func:`nvfp4_product`."""
     return {
@@ -192,13 +217,13 @@ def product_constants(
         "OUTPUT_BF16": out_dtype is torch.bfloat16,
         "NUM_GROUPS": num_groups,
         "GROUP_BLOCK": power_of_two(num_groups),
-        "BLOCK_ROWS": BLOCK_ROWS,
+        "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": BLOCK_COLUMNS,
     }
 
 
 def gate_up_constants(
-    *, part_rows: int, columns: int, num_groups: int
+    *, part_rows: int, columns: int, num_groups: int, block_rows: int
 ) -> dict[str, int | float | bool]:
     """The constants of a launch of :func:`nvfp4_gate_up`."""
     return {
@@ -206,7 +231,7 @@ def gate_up_constants(
         "COLUMNS": columns,
         "NUM_GROUPS": num_groups,
         "GROUP_BLOCK": power_of_two(num_groups),
-        "BLOCK_ROWS": BLOCK_ROWS,
+        "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": BLOCK_COLUMNS,
     }
 
@@ -219,6 +244,7 @@ def weight_only_constants(
     columns: int,
     out_dtype: torch.dtype,
     num_groups: int,
+    block_rows: int,
 ) -> dict[str, int | float | bool]:
     """The constants of a launch of :func:`weight_only_product`."""
     return {
@@ -228,19 +254,39 @@ def weight_only_constants(
             columns=columns,
             out_dtype=out_dtype,
             num_groups=num_groups,
+            block_rows=block_rows,
         ),
         "ROW_STRIDE": row_stride,
-        "BLOCK_ROWS": PLAIN_BLOCK_ROWS,
         "BLOCK_COLUMNS": PLAIN_BLOCK_COLUMNS,
     }
 
 
-def _product_case(
-    name: str, *, part_rows: int, num_parts: int, columns: int, out_dtype: torch.dtype
-) -> CompileCase:
-    output = "*bf16" if out_dtype is torch.bfloat16 else "*fp32"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """Of a weight, and what it is multiplied by and into."""
+
+    name: str
+    part_rows: int
+    num_parts: int
+    columns: int
+    out_dtype: torch.dtype = torch.bfloat16
+    block_rows: int
+
+    @property
+    def architectures(self) -> tuple[Architecture, ...]:
+        """B300's compiler is B200's but for the name: the outermost sizes show that."""
+        outermost = self.block_rows in {BLOCK_ROWS[0], BLOCK_ROWS[-1]}
+        return BLACKWELL if outermost else BLACKWELL[:1]
+
+    @property
+    def output(self) -> str:
+        """Type of the result."""
+        return "*bf16" if self.out_dtype is torch.bfloat16 else "*fp32"
+
+
+def _product_case(shape: _Shape) -> CompileCase:
     return CompileCase(
-        name=name,
+        name=f"nvfp4, {shape.name}, {shape.block_rows} rows",
         source=grouped.product_kernel,
         signature={
             "rows": "*u8",
@@ -249,24 +295,25 @@ def _product_case(
             "weight_scales": "*fp8e4nv",
             "alphas": "*fp32",
             "row_alpha": "fp32",
-            "output": output,
+            "output": shape.output,
             **COUNTS,
         },
         constants=product_constants(
-            part_rows=part_rows,
-            num_parts=num_parts,
-            columns=columns,
-            out_dtype=out_dtype,
+            part_rows=shape.part_rows,
+            num_parts=shape.num_parts,
+            columns=shape.columns,
+            out_dtype=shape.out_dtype,
             num_groups=32,
+            block_rows=shape.block_rows,
         ),
-        architectures=BLACKWELL,
+        architectures=shape.architectures,
         instructions=FP4_INSTRUCTION,
     )
 
 
-def _gate_up_case(name: str, *, part_rows: int, columns: int) -> CompileCase:
+def _gate_up_case(shape: _Shape) -> CompileCase:
     return CompileCase(
-        name=name,
+        name=f"nvfp4 gate and up, {shape.name}, {shape.block_rows} rows",
         source=gate_up.gate_up_kernel,
         signature={
             "rows": "*u8",
@@ -280,58 +327,62 @@ def _gate_up_case(name: str, *, part_rows: int, columns: int) -> CompileCase:
             "scales": "*fp8e4nv",
             **COUNTS,
         },
-        constants=gate_up_constants(part_rows=part_rows, columns=columns, num_groups=32),
-        architectures=BLACKWELL,
+        constants=gate_up_constants(
+            part_rows=shape.part_rows,
+            columns=shape.columns,
+            num_groups=32,
+            block_rows=shape.block_rows,
+        ),
+        architectures=shape.architectures,
         num_warps=GATE_UP_WARPS,
         instructions=FP4_INSTRUCTION,
     )
 
 
-def _weight_only_case(
-    name: str, *, part_rows: int, num_parts: int, columns: int, out_dtype: torch.dtype
-) -> CompileCase:
-    output = "*bf16" if out_dtype is torch.bfloat16 else "*fp32"
+def _weight_only_case(shape: _Shape) -> CompileCase:
     return CompileCase(
-        name=name,
+        name=f"nvfp4 weights alone, {shape.name}, {shape.block_rows} rows",
         source=weight_only.product_kernel,
         signature={
             "rows": "*bf16",
             "weight": "*u8",
             "weight_scales": "*fp8e4nv",
             "alphas": "*fp32",
-            "output": output,
+            "output": shape.output,
             **COUNTS,
         },
         constants=weight_only_constants(
-            row_stride=columns,
-            part_rows=part_rows,
-            num_parts=num_parts,
-            columns=columns,
-            out_dtype=out_dtype,
+            row_stride=shape.columns,
+            part_rows=shape.part_rows,
+            num_parts=shape.num_parts,
+            columns=shape.columns,
+            out_dtype=shape.out_dtype,
             num_groups=32,
+            block_rows=shape.block_rows,
         ),
-        architectures=BLACKWELL,
+        architectures=shape.architectures,
         instructions=BF16_INSTRUCTION,
     )
 
 
-_BF16, _FP32 = torch.bfloat16, torch.float32
+def _shapes() -> Iterator[_Shape]:
+    """Those of DeepSeek-V3, and one of odd sizes."""
+    for rows in BLOCK_ROWS:
+        yield _Shape(name="w13", part_rows=2048, num_parts=2, columns=7168, block_rows=rows)
+    yield _Shape(name="w2", part_rows=7168, num_parts=1, columns=2048, block_rows=BLOCK_ROWS[-1])
+    yield _Shape(
+        name="odd sizes",
+        part_rows=112,
+        num_parts=2,
+        columns=144,
+        out_dtype=torch.float32,
+        block_rows=BLOCK_ROWS[0],
+    )
+
 
 CASES: Final = (
-    _product_case("nvfp4 w13", part_rows=2048, num_parts=2, columns=7168, out_dtype=_BF16),
-    _product_case("nvfp4 w2", part_rows=7168, num_parts=1, columns=2048, out_dtype=_BF16),
-    _product_case("nvfp4 in float32", part_rows=7168, num_parts=1, columns=2048, out_dtype=_FP32),
-    _product_case("nvfp4 of odd size", part_rows=112, num_parts=2, columns=144, out_dtype=_BF16),
-    _gate_up_case("nvfp4 gate and up", part_rows=2048, columns=7168),
-    _gate_up_case("nvfp4 gate and up of odd size", part_rows=112, columns=144),
-    _weight_only_case(
-        "nvfp4 weights alone, w13", part_rows=2048, num_parts=2, columns=7168, out_dtype=_BF16
-    ),
-    _weight_only_case(
-        "nvfp4 weights alone, w2", part_rows=7168, num_parts=1, columns=2048, out_dtype=_BF16
-    ),
-    _weight_only_case(
-        "nvfp4 weights alone, odd size", part_rows=112, num_parts=2, columns=144, out_dtype=_FP32
-    ),
+    *(_product_case(shape) for shape in _shapes()),
+    *(_gate_up_case(shape) for shape in _shapes() if shape.num_parts == 2),
+    *(_weight_only_case(shape) for shape in _shapes()),
 )
 """Compiled ahead of time by the tests."""

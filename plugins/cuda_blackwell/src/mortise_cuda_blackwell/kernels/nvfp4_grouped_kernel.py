@@ -34,7 +34,8 @@ def product_kernel(  # type: ignore[no-untyped-def]
     """Multiply one block of rows of one group by 128 rows of one part of its expert's weight.
 
     The block scales are factors of the tensor core's own product; the global scales multiply its
-    float32 sums, those of each part by its own, so that gate and up keep different ones.
+    float32 sums, those of each part by its own, so that gate and up keep different ones. The weight
+    is the first operand, which is 128 rows high: the second can be as few as 16.
 
     Args:
         rows: pointer to uint8 ``[R, COLUMNS / 2]``.
@@ -77,7 +78,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
         weight_row = (expert * NUM_PARTS + part) * PART_ROWS + part_row
         scale_tile = (expert * (NUM_PARTS * PART_TILES) + part_tile) * (COLUMN_TILES * 512)
 
-        sums = tl.zeros((BLOCK_ROWS, 128), dtype=tl.float32)
+        sums = tl.zeros((128, BLOCK_ROWS), dtype=tl.float32)
         for start in range(0, COLUMNS, BLOCK_COLUMNS):
             pair = start // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
             inside = pair < COLUMNS // 2
@@ -104,10 +105,10 @@ def product_kernel(  # type: ignore[no-untyped-def]
             scales_N = tl.reshape(scales_N, (BLOCK_COLUMNS // 64, 32, 4, 4))
             scales_N = tl.reshape(tl.permute(scales_N, (2, 1, 0, 3)), (128, BLOCK_COLUMNS // 16))
             sums = tl.dot_scaled(
-                block_RK, scales_R, "e2m1", tl.trans(block_NK), scales_N, "e2m1", sums
+                block_NK, scales_N, "e2m1", tl.trans(block_RK), scales_R, "e2m1", sums
             )
 
-        result = sums * (row_alpha * tl.load(alphas + expert * NUM_PARTS + part))
+        result = tl.trans(sums) * (row_alpha * tl.load(alphas + expert * NUM_PARTS + part))
         if OUTPUT_BF16:
             result = result.to(tl.bfloat16)
         target = output + row[:, None] * (NUM_PARTS * PART_ROWS) + part * PART_ROWS

@@ -75,7 +75,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
         weight_row = (expert * NUM_PARTS + part) * PART_ROWS + part_row
         scale_tile = (expert * (NUM_PARTS * PART_TILES) + part_tile) * (COLUMN_TILES * 512)
 
-        sums = tl.zeros((BLOCK_ROWS, 128), dtype=tl.float32)
+        sums = tl.zeros((128, BLOCK_ROWS), dtype=tl.float32)
         for start in range(0, COLUMNS, BLOCK_COLUMNS):
             column = start + tl.arange(0, BLOCK_COLUMNS)
             block_RK = tl.load(
@@ -101,9 +101,9 @@ def product_kernel(  # type: ignore[no-untyped-def]
             scale = tl.reshape(scale, (128, BLOCK_COLUMNS // 16, 1))
             number = tl.reshape(number, (128, BLOCK_COLUMNS // 16, 16)) * scale
             block_NK = tl.reshape(number, (128, BLOCK_COLUMNS)).to(tl.bfloat16)
-            sums = tl.dot(block_RK, tl.trans(block_NK), sums)
+            sums = tl.dot(block_NK, tl.trans(block_RK), sums)
 
-        result = sums * tl.load(alphas + expert * NUM_PARTS + part)
+        result = tl.trans(sums) * tl.load(alphas + expert * NUM_PARTS + part)
         if OUTPUT_BF16:
             result = result.to(tl.bfloat16)
         target = output + row[:, None] * (NUM_PARTS * PART_ROWS) + part * PART_ROWS
