@@ -78,6 +78,7 @@ def fp8_product(
         ``[R, N]``; rows of no group are undefined.
     """
     assert rows.scales is not None
+    assert rows.scales.dtype is torch.float32
     weight, scale, values = weight.contiguous(), scale.contiguous(), rows.values.contiguous()
     num_groups, num_columns, depth = weight.shape
     assert scale.shape == _scale_shape(num_groups, num_columns, depth, num_parts)
@@ -133,6 +134,7 @@ def fp8_gate_up(
         Rows ``[R, I]``; those of no group are undefined.
     """
     assert rows.scales is not None
+    assert rows.scales.dtype is torch.float32
     w13, w13_scale, values = w13.contiguous(), w13_scale.contiguous(), rows.values.contiguous()
     num_groups, depth = w13.shape[0], w13.shape[2]
     width = w13.shape[1] // 2
