@@ -1,11 +1,11 @@
 """How DeepGEMM shares the work of paged index scores among streaming multiprocessors."""
 
-# Both generations cut each row of lengths into splits of 256 keys and give worker s the splits from
-# entry s of the schedule up to entry s + 1. A worker does not count: it steps until its cursor meets
-# the next entry, by lengths that it reads again. Lengths other than those that were planned with can
-# let it step over its end, and it never stops. The walks below are the kernels' own steps, and raise
-# there. Sources: DeepGEMM 2.6.1, deep_gemm/include/deep_gemm/scheduler/sm90_paged_mqa_logits.cuh and
-# sm100_paged_mqa_logits.cuh.
+# Both generations cut each row of lengths into splits of 256 keys and give worker s the splits
+# from entry s of the schedule up to entry s + 1. A worker does not count: it steps until its
+# cursor meets the next entry, by lengths that it reads again. Lengths other than those that were
+# planned with can let it step over its end, and it never stops. The walks below are the kernels'
+# own steps, and raise there. Sources: DeepGEMM 2.6.1,
+# deep_gemm/include/deep_gemm/scheduler/sm90_paged_mqa_logits.cuh and sm100_paged_mqa_logits.cuh.
 
 from __future__ import annotations
 
