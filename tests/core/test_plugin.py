@@ -14,6 +14,7 @@ from mortise.spec import hooks
 RECORD_MODULES = (
     "authority",
     "capabilities",
+    "choices",
     "consumer",
     "dispatch",
     "doctor",

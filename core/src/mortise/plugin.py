@@ -30,6 +30,7 @@ from mortise.spec.capabilities import (
     LinearLayerRequest,
     Support,
 )
+from mortise.spec.choices import BackendChoice
 from mortise.spec.consumer import check_dispatched_tokens
 from mortise.spec.dispatch import (
     DecisionRule,
@@ -83,6 +84,7 @@ __all__ = [
     "PAIRED_HOOKS",
     "SPLIT_TOKENS",
     "Backend",
+    "BackendChoice",
     "BackendUnusableError",
     "BindContext",
     "Capabilities",
@@ -195,6 +197,14 @@ class Backend(ABC):
     @abstractmethod
     def supports(self, request: ExpertLayerRequest) -> Support:
         """Say before a layer of experts is built whether it can be served, and if not, why not."""
+
+    def choices(self) -> Sequence[BackendChoice]:
+        """Tell what was decided at creation: which library serves, which does not and why.
+
+        Shown by ``mortise explain`` among all decisions. A backend that has nothing to choose keeps
+        this answer.
+        """
+        return ()
 
     def supports_linear(self, request: LinearLayerRequest) -> Support:
         """Say before a quantised projection outside the experts is built whether it can be served.

@@ -143,6 +143,12 @@ def test_what_it_refuses_is_named(scheme: WeightScheme) -> None:
     assert scheme.value in ops.supports_linear(projection(scheme)).reason
 
 
+def test_why_a_library_is_not_used_is_a_decision() -> None:
+    (told,) = [one for one in bound(runner="triton", indexer="triton").decisions
+               if one.subject == "DeepGEMM"]  # fmt: skip
+    assert (told.value, told.reason) == ("not used", "the configuration chooses Triton")
+
+
 def test_each_role_has_its_own_object() -> None:
     main, draft = (
         load_backend(NAME, role=role, device="emulated", options={"runner": runner})
@@ -231,6 +237,8 @@ def test_explain_shows_what_multiplies_each_layer(models: dict[str, Path]) -> No
     decisions = outcome.document["decisions"]
     (runner,) = [one for one in decisions if one["rule"] == "runner"]
     assert "2 layers by triton (figures of H100" in runner["value"]
+    (library,) = [one for one in decisions if one["subject"] == "DeepGEMM"]
+    assert library["reason"].startswith("its emulation; called are get_mk_alignment")
     dispatched = [one for one in decisions if one["subject"].endswith(".mlp")]
     assert dispatched
     assert all(one["value"].startswith("fp8,") for one in dispatched)

@@ -9,6 +9,7 @@ from mortise.errors import BackendUnusableError
 from mortise.spec.hooks import HOOKS
 from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ModelRole
+from mortise.testing.distributions import QKV_SPLIT, backend_code
 
 if TYPE_CHECKING:
     from mortise.testing.distributions import FakeDistribution
@@ -71,3 +72,20 @@ def test_the_chosen_backend_gets_its_own_table(name: str) -> None:
         name, role=ModelRole.MAIN, options={}, options_by_name=tables, candidates=rows
     )
     assert bound.ops.capabilities.num_workers == 4
+
+
+CHOOSING = """
+def choices(self):
+    from mortise.plugin import BackendChoice
+    return [BackendChoice(subject="a library", value="not used", reason="it is not installed")]
+"""
+
+
+def test_what_a_backend_chose_by_itself_is_a_decision(installed: FakeDistribution) -> None:
+    installed.add_backend("toy", code=backend_code(QKV_SPLIT + CHOOSING))
+    (found,) = [
+        one for one in load_backend("toy", role=ModelRole.DRAFT).decisions if one.rule == "backend"
+    ]
+    assert (found.subject, found.value, found.role) == ("a library", "not used", ModelRole.DRAFT)
+    assert found.reason == "it is not installed"
+    assert "mortise-toy 1.0" in found.source

@@ -19,7 +19,7 @@ from mortise.spec.hooks import HOOKS
 from mortise.spec.reasons import ReasonCode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mortise.backends.ops import Ops
     from mortise.plugin import Backend
@@ -121,6 +121,7 @@ def load_backend(
                 reason=selection.reason,
                 source=source,
             ),
+            *_choices(parts, row, role),
             *(_provider_decision(hook, parts, providers[hook], row, context) for hook in HOOKS),
         ),
         row=row,
@@ -132,6 +133,19 @@ def _engine_version(rows: Sequence[Candidate]) -> str:
     """From the core's own row: reading the metadata again would cost as much as the binding."""
     own = (row.version for row in rows if row.distribution == CORE_DISTRIBUTION)
     return next(own, None) or engine_version()
+
+
+def _choices(parts: BoundParts, row: Candidate, role: ModelRole) -> Iterator[Decision]:
+    """What the backend decided by itself when it was created."""
+    for choice in parts.backend.choices():
+        yield Decision(
+            role=role,
+            subject=choice.subject,
+            value=choice.value,
+            rule="backend",
+            reason=choice.reason,
+            source=row.provenance,
+        )
 
 
 def _provider_decision(

@@ -120,6 +120,7 @@ class _Launches:
             dispatcher = create_token_dispatcher(ask)
         ids = torch.arange(chosen, device=self.device).expand(tokens, -1).contiguous()
         routing = Routing(topk_ids=ids, topk_weights=torch.ones(ids.shape, device=self.device))
+        arrived: DispatchedTokens
         arrived, handle = dispatcher.dispatch(
             self._zeros(tokens, experts.hidden_size), routing, decision.format
         )

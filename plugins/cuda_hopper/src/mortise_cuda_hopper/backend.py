@@ -8,6 +8,7 @@ from mortise.plugin import Backend, BindContext, DeviceProbe, hookimpl
 from mortise_cuda_common import doctor, loading, moe, qkv
 from mortise_cuda_common import linear as projections
 from mortise_cuda_common.choice import read_measurements
+from mortise_cuda_common.choices import choices
 from mortise_cuda_common.exchanges import Exchanges
 from mortise_cuda_common.experts import prepare_expert_weights
 from mortise_cuda_common.indexer import Indexer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from mortise.plugin import (
+        BackendChoice,
         Capabilities,
         DispatchDecision,
         DispatchedTokens,
@@ -86,6 +88,10 @@ class HopperBackend(Backend):
     def capabilities(self) -> Capabilities:
         """Facts of the chip."""
         return self._capabilities
+
+    def choices(self) -> Sequence[BackendChoice]:
+        """Tell which libraries serve."""
+        return tuple(choices(self._runtime))
 
     def supports(self, request: ExpertLayerRequest) -> Support:
         """Serve experts that DeepGEMM or the Triton programs multiply."""
