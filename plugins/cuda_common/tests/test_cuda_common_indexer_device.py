@@ -143,7 +143,7 @@ def test_a_captured_graph_is_replayed_after_a_refresh(gpu: Gpu, fp8: bool) -> No
     for lens in ([3000, 1, 64, 257, 0, 500], [5, 5, 5, 5, 5, 5], [0] * 6, [3000] * 6):
         now = replace(longest, lens=torch.tensor(lens, dtype=torch.int32).view(6, 1))
         fresh = now.on(gpu.runtime.device).plan(gpu.indexer, gpu.num_workers)
-        plan = refresh_paged_mqa_metadata(plan, fresh)
+        plan = refresh_paged_mqa_metadata(plan, fresh, captured_context_len=3000)
         graph.replay()
         torch.cuda.synchronize()
         if any(lens):

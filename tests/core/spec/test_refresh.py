@@ -136,3 +136,18 @@ def test_several_tokens_of_a_row_have_weights_each() -> None:
 def test_the_description_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         metadata(1).rows = 2  # type: ignore[misc]
+
+
+def test_a_graph_is_not_replayed_for_longer_rows_than_it_was_captured_with() -> None:
+    captured = metadata(300)
+    longest = captured.max_context_len
+    before = captured.context_lens.clone()
+    with pytest.raises(
+        ContractError, match="cannot replay what was captured for 300 keys"
+    ) as caught:
+        refresh_paged_mqa_metadata(captured, metadata(301), captured_context_len=longest)
+    assert "capture again" in str(caught.value)
+    assert torch.equal(captured.context_lens, before), "nothing was copied"
+    shorter = refresh_paged_mqa_metadata(captured, metadata(11), captured_context_len=longest)
+    again = refresh_paged_mqa_metadata(shorter, metadata(300), captured_context_len=longest)
+    assert again.max_context_len == longest

@@ -100,21 +100,31 @@ class PagedMQAMetadata:
 
 
 def refresh_paged_mqa_metadata(
-    stale: PagedMQAMetadata, fresh: PagedMQAMetadata
+    stale: PagedMQAMetadata, fresh: PagedMQAMetadata, *, captured_context_len: int | None = None
 ) -> PagedMQAMetadata:
     """Copy a new plan into the storage of an old one; the one function for every replay path.
 
     Args:
         stale: metadata whose buffers a captured graph reads.
         fresh: metadata just made by ``paged_mqa_metadata`` for the same rows and mode.
+        captured_context_len: ``max_context_len`` of the metadata that a graph was captured with:
+            its launch writes so many columns at every replay. None where nothing was captured.
 
     Returns:
         The description of the new generation, over the old storage.
 
     Raises:
-        ContractError: the two are not for the same shape and mode, or one lacks a schedule or
-            planned lengths that the other has.
+        ContractError: the two are not for the same shape and mode, one lacks a tensor that the
+            other has, or a row is longer than what was captured.
     """
+    if captured_context_len is not None and fresh.max_context_len > captured_context_len:
+        raise ContractError(
+            f"cannot replay what was captured for {captured_context_len} keys of a row with "
+            f"{fresh.max_context_len}",
+            reason=ReasonCode.CONTRACT_BROKEN,
+            expected="a capture with the longest context that it will be replayed with",
+            remedy="capture again, or run this step without the graph",
+        )
     same_shape = (stale.mode, stale.rows, stale.next_n, stale.block_size, stale.num_workers) == (
         fresh.mode,
         fresh.rows,
