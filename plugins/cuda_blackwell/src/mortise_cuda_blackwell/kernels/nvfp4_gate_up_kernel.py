@@ -24,6 +24,9 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
     scales,
     first_rows,
     counts,
+    row_stride,
+    scale_row_stride,
+    scale_column_stride,
     PART_ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -38,8 +41,8 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
     steps is a program of its own, and quantised in the order of ``mortise.formats.nvfp4``.
 
     Args:
-        rows: pointer to uint8 ``[R, COLUMNS / 2]``.
-        row_scales: pointer to float8 e4m3 ``[R, COLUMNS / 16]``.
+        rows: pointer to uint8 ``[R, COLUMNS / 2]``; columns are adjacent.
+        row_scales: pointer to float8 e4m3 ``[R, COLUMNS / 16]``; strides are free.
         weight: pointer to uint8 ``[E, 2 * PART_ROWS, COLUMNS / 2]``, gate over up.
         weight_scales: pointer to float8 e4m3, of each expert and part in tiles of 128 rows by 4
             columns (``mortise.formats.nvfp4.swizzle_scales``).
@@ -50,6 +53,8 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
         scales: pointer to its scales, float8 e4m3 ``[R, PART_ROWS / 16]``.
         first_rows: pointer to int32, the first row of each group.
         counts: pointer to int32, the rows of each group.
+        row_stride: bytes from one row to the next.
+        scale_row_stride, scale_column_stride: scales from one row and column to the next.
         PART_ROWS: I, rows of gate and of up, a multiple of 16.
         COLUMNS: H, a multiple of 16.
         NUM_GROUPS: E, groups.
@@ -85,7 +90,7 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
             pair = start // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
             inside = pair < COLUMNS // 2
             block_RK = tl.load(
-                rows + row[:, None] * (COLUMNS // 2) + pair[None, :],
+                rows + row[:, None] * row_stride + pair[None, :],
                 mask=there[:, None] & inside[None, :],
                 other=0,
             )
@@ -94,9 +99,10 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
                 mask=weight_there[:, None] & inside[None, :],
                 other=0,
             )
-            column = start // 16 + tl.arange(0, BLOCK_COLUMNS // 16)
+            column = (start // 16 + tl.arange(0, BLOCK_COLUMNS // 16)).to(tl.int64)
+            scale_place = row[:, None] * scale_row_stride + column[None, :] * scale_column_stride
             scales_R = tl.load(
-                row_scales + row[:, None] * (COLUMNS // 16) + column[None, :],
+                row_scales + scale_place,
                 mask=there[:, None] & (column < COLUMNS // 16)[None, :],
                 other=0.0,
             )

@@ -79,6 +79,7 @@ def nvfp4_product(
             output,
             groups.first_rows,
             groups.counts,
+            *_strides(rows),
         ),
         product_constants(
             part_rows=weight.part_rows,
@@ -135,6 +136,7 @@ def nvfp4_gate_up(
             scales,
             groups.first_rows,
             groups.counts,
+            *_strides(rows),
         ),
         gate_up_constants(
             part_rows=weight.part_rows,
@@ -192,6 +194,12 @@ def weight_only_product(
         ),
     )
     return output
+
+
+def _strides(rows: Rows) -> tuple[int, int, int]:
+    """Bytes from row to row, and scales from row to row and from column to column."""
+    assert rows.scales is not None and rows.values.stride(1) == 1
+    return (rows.values.stride(0), *rows.scales.stride())
 
 
 def block_rows_of(groups: Groups) -> int:
@@ -297,15 +305,20 @@ def _product_case(shape: _Shape) -> CompileCase:
             "row_alpha": "fp32",
             "output": shape.output,
             **COUNTS,
+            **STRIDES,
         },
-        constants=product_constants(
-            part_rows=shape.part_rows,
-            num_parts=shape.num_parts,
-            columns=shape.columns,
-            out_dtype=shape.out_dtype,
-            num_groups=32,
-            block_rows=shape.block_rows,
-        ),
+        constants={
+            **ADJACENT,
+            **product_constants(
+                part_rows=shape.part_rows,
+                num_parts=shape.num_parts,
+                columns=shape.columns,
+                out_dtype=shape.out_dtype,
+                num_groups=32,
+                block_rows=shape.block_rows,
+            ),
+        },
+        divisible_by_16=shape.divisible(grouped.product_kernel),
         architectures=shape.architectures,
         instructions=FP4_INSTRUCTION,
     )
@@ -326,13 +339,18 @@ def _gate_up_case(shape: _Shape) -> CompileCase:
             "values": "*u8",
             "scales": "*fp8e4nv",
             **COUNTS,
+            **STRIDES,
         },
-        constants=gate_up_constants(
-            part_rows=shape.part_rows,
-            columns=shape.columns,
-            num_groups=32,
-            block_rows=shape.block_rows,
-        ),
+        constants={
+            **ADJACENT,
+            **gate_up_constants(
+                part_rows=shape.part_rows,
+                columns=shape.columns,
+                num_groups=32,
+                block_rows=shape.block_rows,
+            ),
+        },
+        divisible_by_16=shape.divisible(gate_up.gate_up_kernel),
         architectures=shape.architectures,
         num_warps=GATE_UP_WARPS,
         instructions=FP4_INSTRUCTION,

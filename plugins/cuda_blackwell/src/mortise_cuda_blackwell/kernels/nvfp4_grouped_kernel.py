@@ -22,6 +22,9 @@ def product_kernel(  # type: ignore[no-untyped-def]
     output,
     first_rows,
     counts,
+    row_stride,
+    scale_row_stride,
+    scale_column_stride,
     PART_ROWS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -38,8 +41,8 @@ def product_kernel(  # type: ignore[no-untyped-def]
     is the first operand, which is 128 rows high: the second can be as few as 16.
 
     Args:
-        rows: pointer to uint8 ``[R, COLUMNS / 2]``.
-        row_scales: pointer to float8 e4m3 ``[R, COLUMNS / 16]``.
+        rows: pointer to uint8 ``[R, COLUMNS / 2]``; columns are adjacent.
+        row_scales: pointer to float8 e4m3 ``[R, COLUMNS / 16]``; strides are free.
         weight: pointer to uint8 ``[E, NUM_PARTS * PART_ROWS, COLUMNS / 2]``.
         weight_scales: pointer to float8 e4m3, of each expert and part in tiles of 128 rows by 4
             columns (``mortise.formats.nvfp4.swizzle_scales``).
@@ -48,6 +51,8 @@ def product_kernel(  # type: ignore[no-untyped-def]
         output: pointer to bfloat16 or float32 ``[R, NUM_PARTS * PART_ROWS]``.
         first_rows: pointer to int32, the first row of each group.
         counts: pointer to int32, the rows of each group.
+        row_stride: bytes from one row to the next.
+        scale_row_stride, scale_column_stride: scales from one row and column to the next.
         PART_ROWS: rows of the weight that were one projection.
         NUM_PARTS: how many were.
         COLUMNS: K, a multiple of 16.
@@ -83,7 +88,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
             pair = start // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
             inside = pair < COLUMNS // 2
             block_RK = tl.load(
-                rows + row[:, None] * (COLUMNS // 2) + pair[None, :],
+                rows + row[:, None] * row_stride + pair[None, :],
                 mask=there[:, None] & inside[None, :],
                 other=0,
             )
@@ -92,9 +97,10 @@ def product_kernel(  # type: ignore[no-untyped-def]
                 mask=weight_there[:, None] & inside[None, :],
                 other=0,
             )
-            column = start // 16 + tl.arange(0, BLOCK_COLUMNS // 16)
+            column = (start // 16 + tl.arange(0, BLOCK_COLUMNS // 16)).to(tl.int64)
+            scale_place = row[:, None] * scale_row_stride + column[None, :] * scale_column_stride
             scales_R = tl.load(
-                row_scales + row[:, None] * (COLUMNS // 16) + column[None, :],
+                row_scales + scale_place,
                 mask=there[:, None] & (column < COLUMNS // 16)[None, :],
                 other=0.0,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final, TYPE_CHECKING, assert_never
 
 import torch
 
@@ -129,9 +129,12 @@ def kind_of(scale_format: ScaleFormat | None) -> Kind:
             return Kind.PLAIN
         case ScaleFormat.UE8M0:
             return Kind.FP8_UE8M0
-        case _:
-            assert scale_format is ScaleFormat.FLOAT32, "e4m3 rows have no e4m3 scales"
+        case ScaleFormat.FLOAT32:
             return Kind.FP8
+        case ScaleFormat.E4M3:
+            raise AssertionError("e4m3 rows have no e4m3 scales")
+        case _:
+            assert_never(scale_format)
 
 
 def case(
