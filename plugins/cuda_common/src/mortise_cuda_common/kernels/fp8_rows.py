@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Final, assert_never
 
 import torch
 
