@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 
@@ -99,8 +99,10 @@ class Products:
                 return self._fp8(experts, projection, is_single=is_single)
             case WeightScheme.W4A16:
                 return self._int4(experts)
+            case WeightScheme.W8A8 | WeightScheme.W4A8 | WeightScheme.W4A4 | WeightScheme.NVFP4:
+                raise AssertionError(f"{stored.scheme} is none of {COMMON_SCHEMES}")
             case _:
-                raise AssertionError(f"{stored.scheme} is one of {COMMON_SCHEMES}")
+                assert_never(stored.scheme)
 
     def problem(self, projection: Projection) -> str:
         """Why a projection cannot be served as the configuration asks, or nothing."""
