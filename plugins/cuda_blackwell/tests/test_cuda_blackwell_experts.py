@@ -145,6 +145,27 @@ def test_rows_that_arrive_as_nvfp4(layout: str, w2: str) -> None:
     check(tokens, experts_of("nvfp4", w2))
 
 
+@pytest.mark.parametrize("layout", ["grouped", "aligned to less", "masked"])
+def test_rows_that_deep_gemm_wants_elsewhere_are_moved(layout: str) -> None:
+    """w2 is DeepGEMM's, whose groups begin at multiples of 128; w13 takes its rows there, too."""
+    runtime = runtime_of(Architecture.SM100)
+    products = BlackwellProducts(runtime, "deep_gemm")
+    leading = (len(COUNTS),)
+    powers = replace(FORMS["fp8"], scale_format=ScaleFormat.UE8M0)
+    experts = ExpertWeights(
+        layer="model.layers.3.mlp",
+        w13=random_weight(FORMS["nvfp4"], 256, 128, num_parts=2, leading=leading, seed=1),
+        w2=random_weight(powers, 128, 128, leading=leading, seed=2),
+        num_local_experts=len(COUNTS),
+        hidden_size=128,
+        intermediate_size=128,
+    )
+    tokens = as_nvfp4(layouts(random_rows(COUNTS, 128))[layout], 2e-3)
+    found = defined(quantized_moe_apply(products, tokens, experts, BF16), tokens)
+    wanted = defined(reference.quantized_moe_apply(tokens, experts, BF16), tokens)
+    assert distance(found, wanted) < CLOSE
+
+
 def test_nobody_has_a_row() -> None:
     tokens = layouts(random_rows([0, 0, 0], HIDDEN))["masked"]
     out = quantized_moe_apply(PRODUCTS, tokens, experts_of("nvfp4", "nvfp4"), BF16)

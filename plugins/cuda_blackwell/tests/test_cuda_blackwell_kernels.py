@@ -225,3 +225,31 @@ def test_weights_alone_lose_nothing(
             rtol=0,
             atol=1e-30,
         )
+
+
+def test_strides_of_rows_and_scales_are_free(fp4_machine: Machine) -> None:
+    """Rows that were moved apart have their scales column by column."""
+    groups = groups_of([9, 4])
+    weight = Nvfp4Weight.of(stored_weight(10, 2, 256, 144, num_parts=2))
+    rows = fp4_machine.run(
+        quantise_rows, normal(11, groups.num_rows, 144, dtype=BF16), SCALES[:2], groups
+    )
+    assert rows.scales is not None
+    apart = torch.empty(groups.num_rows, 80, dtype=torch.uint8)
+    apart[:, 5:77] = rows.values
+    turned = rows.scales.view(torch.uint8).T.contiguous().T.view(torch.float8_e4m3fn)
+    strided = replace(rows, values=apart[:, 5:77], scales=turned)
+    assert (strided.values.stride(0), turned.stride(0)) == (80, 1)
+    alphas = weight.global_scale * 0.01
+    for out_dtype in (BF16, torch.float32):
+        found, wanted = (
+            fp4_machine.run(nvfp4_product, one, weight, alphas, groups, out_dtype)
+            for one in (strided, rows)
+        )
+        assert all(torch.equal(found[place], wanted[place]) for place in places(groups))
+    gated, wanted_rows = (
+        fp4_machine.run(nvfp4_gate_up, one, weight, alphas, SCALES[:2], groups)
+        for one in (strided, rows)
+    )
+    assert wanted_rows.scales is not None
+    same_rows(gated, wanted_rows.values, wanted_rows.scales, groups)

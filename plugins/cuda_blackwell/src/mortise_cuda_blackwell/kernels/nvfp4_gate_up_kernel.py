@@ -54,7 +54,8 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
         first_rows: pointer to int32, the first row of each group.
         counts: pointer to int32, the rows of each group.
         row_stride: bytes from one row to the next.
-        scale_row_stride, scale_column_stride: scales from one row and column to the next.
+        scale_row_stride: scales from one row to the next.
+        scale_column_stride: scales from one column to the next.
         PART_ROWS: I, rows of gate and of up, a multiple of 16.
         COLUMNS: H, a multiple of 16.
         NUM_GROUPS: E, groups.

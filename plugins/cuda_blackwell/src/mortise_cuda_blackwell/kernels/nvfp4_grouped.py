@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -11,10 +12,12 @@ from mortise_cuda_blackwell.kernels import nvfp4_gate_up_kernel as gate_up
 from mortise_cuda_blackwell.kernels import nvfp4_grouped_kernel as grouped
 from mortise_cuda_blackwell.kernels import nvfp4_weight_only_kernel as weight_only
 from mortise_cuda_blackwell.kernels.cases import (
+    ADJACENT,
     BF16_INSTRUCTION,
     BLACKWELL,
     COUNTS,
     FP4_INSTRUCTION,
+    STRIDES,
 )
 from mortise_cuda_blackwell.kernels.nvfp4_rows import power_of_two
 from mortise_cuda_common.kernels.tilings import rows_of_a_group
@@ -199,7 +202,7 @@ def weight_only_product(
 def _strides(rows: Rows) -> tuple[int, int, int]:
     """Bytes from row to row, and scales from row to row and from column to column."""
     assert rows.scales is not None and rows.values.stride(1) == 1
-    return (rows.values.stride(0), *rows.scales.stride())
+    return rows.values.stride(0), rows.scales.stride(0), rows.scales.stride(1)
 
 
 def block_rows_of(groups: Groups) -> int:
@@ -287,26 +290,28 @@ class _Shape:
         return BLACKWELL if outermost else BLACKWELL[:1]
 
     @property
+    def divisible(self) -> tuple[str, ...]:
+        """Strides that a launch finds to be multiples of 16."""
+        strides = {"row_stride": self.columns // 2, "scale_row_stride": self.columns // 16}
+        return tuple(name for name, stride in strides.items() if stride % 16 == 0)
+
+    @property
     def output(self) -> str:
         """Type of the result."""
         return "*bf16" if self.out_dtype is torch.bfloat16 else "*fp32"
 
 
+_OPERANDS: Final = MappingProxyType(
+    {"rows": "*u8", "row_scales": "*fp8e4nv", "weight": "*u8", "weight_scales": "*fp8e4nv"}
+)
+
+
 def _product_case(shape: _Shape) -> CompileCase:
+    pointers = {**_OPERANDS, "alphas": "*fp32", "output": shape.output, **COUNTS}
     return CompileCase(
         name=f"nvfp4, {shape.name}, {shape.block_rows} rows",
         source=grouped.product_kernel,
-        signature={
-            "rows": "*u8",
-            "row_scales": "*fp8e4nv",
-            "weight": "*u8",
-            "weight_scales": "*fp8e4nv",
-            "alphas": "*fp32",
-            "row_alpha": "fp32",
-            "output": shape.output,
-            **COUNTS,
-            **STRIDES,
-        },
+        signature={**pointers, "row_alpha": "fp32", **STRIDES},
         constants={
             **ADJACENT,
             **product_constants(
@@ -318,29 +323,19 @@ def _product_case(shape: _Shape) -> CompileCase:
                 block_rows=shape.block_rows,
             ),
         },
-        divisible_by_16=shape.divisible(grouped.product_kernel),
+        divisible_by_16=(*pointers, *shape.divisible),
         architectures=shape.architectures,
         instructions=FP4_INSTRUCTION,
     )
 
 
 def _gate_up_case(shape: _Shape) -> CompileCase:
+    results = {"divisors": "*fp32", "values": "*u8", "scales": "*fp8e4nv"}
+    pointers = {**_OPERANDS, "alphas": "*fp32", **results, **COUNTS}
     return CompileCase(
         name=f"nvfp4 gate and up, {shape.name}, {shape.block_rows} rows",
         source=gate_up.gate_up_kernel,
-        signature={
-            "rows": "*u8",
-            "row_scales": "*fp8e4nv",
-            "weight": "*u8",
-            "weight_scales": "*fp8e4nv",
-            "alphas": "*fp32",
-            "row_alpha": "fp32",
-            "divisors": "*fp32",
-            "values": "*u8",
-            "scales": "*fp8e4nv",
-            **COUNTS,
-            **STRIDES,
-        },
+        signature={**pointers, "row_alpha": "fp32", **STRIDES},
         constants={
             **ADJACENT,
             **gate_up_constants(
@@ -350,7 +345,7 @@ def _gate_up_case(shape: _Shape) -> CompileCase:
                 block_rows=shape.block_rows,
             ),
         },
-        divisible_by_16=shape.divisible(gate_up.gate_up_kernel),
+        divisible_by_16=(*pointers, *shape.divisible),
         architectures=shape.architectures,
         num_warps=GATE_UP_WARPS,
         instructions=FP4_INSTRUCTION,
