@@ -8,6 +8,7 @@ from mortise.plugin import Backend, BindContext, DeviceProbe, hookimpl
 from mortise_cuda_blackwell import dispatch
 from mortise_cuda_blackwell.capabilities import ARCHITECTURES, NAME, capabilities_of
 from mortise_cuda_blackwell.loading import library_findings, load_flash_infer
+from mortise_cuda_blackwell.local import Nvfp4Dispatcher, carries
 from mortise_cuda_blackwell.options import Options
 from mortise_cuda_blackwell.select import BlackwellProducts
 from mortise_cuda_common import doctor, loading, moe, qkv
@@ -135,6 +136,8 @@ class BlackwellBackend(Backend):
         self, request: TokenDispatcherRequest
     ) -> TokenDispatcher | NotSupported:
         """Exchange rows by Triton programs, by DeepEP, or leave it to the core."""
+        if carries(request):
+            return Nvfp4Dispatcher(self._runtime, request)
         return self._exchanges.create_token_dispatcher(request)
 
     @hookimpl
