@@ -211,6 +211,32 @@ def test_whole_models(models: dict[str, Path], name: str, runner: str) -> None:
     assert len(outcome.document["completions"][0]["token_ids"]) == 3
 
 
+TEXT = """import os
+
+
+def names(folder):
+    result = []
+    for name in os.listdir(folder):
+        if name.endswith(".py"):
+            result.append(name)
+    return result
+"""
+
+
+def test_a_text_is_as_likely_as_to_the_reference(tmp_path: Path) -> None:
+    """To the built-in model, and to its copy in fp8: a chip rounds otherwise, by a little."""
+    text, copy = tmp_path / "text.txt", tmp_path / "fp8"
+    text.write_text(TEXT, encoding="utf-8")
+    assert mortise("quantize", copy, "--scheme", "fp8-block").code == 0
+
+    def perplexities(*options: str) -> list[float]:
+        outcome = mortise("eval", text, "--against", copy, "--json", *options)
+        assert outcome.code == 0, outcome.stderr
+        return [score["perplexity"] for score in outcome.document["scores"]]
+
+    assert perplexities(*on_chip()) == pytest.approx(perplexities(), rel=0.02)
+
+
 def test_a_float32_model_gives_the_tokens_of_the_reference(models: dict[str, Path]) -> None:
     options = ("--dtype", "float32", "--max-tokens", "8")
     there = generated(models["plain"], *on_chip(), *options).document
