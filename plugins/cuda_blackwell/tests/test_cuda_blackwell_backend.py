@@ -88,6 +88,19 @@ def test_rows_of_one_request_are_scored_at_once_where_deep_gemm_can() -> None:
     assert bound(indexer="triton").ops.capabilities.max_native_next_n == 1
 
 
+@pytest.mark.parametrize(
+    ("nvfp4", "value", "reason"),
+    [
+        ("triton", "not used", "option nvfp4 is 'triton'"),
+        ("flashinfer", "0.6.18", "its emulation; it multiplies NVFP4 rows in slots"),
+    ],
+)
+def test_which_libraries_serve_is_told(nvfp4: str, value: str, reason: str) -> None:
+    told = {one.subject: one for one in bound(nvfp4=nvfp4).backend.choices()}
+    assert set(told) == {"DeepGEMM", "FlashInfer"}
+    assert (told["FlashInfer"].value, told["FlashInfer"].reason) == (value, reason)
+
+
 @pytest.mark.parametrize("generation", ["B200", "B300"])
 def test_nothing_is_left_to_the_reference(generation: str) -> None:
     assert bound(generation=generation).fallbacks == ()

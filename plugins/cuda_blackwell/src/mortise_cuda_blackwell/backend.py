@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 from mortise.plugin import Backend, BindContext, DeviceProbe, hookimpl
 from mortise_cuda_blackwell import dispatch
 from mortise_cuda_blackwell.capabilities import ARCHITECTURES, NAME, capabilities_of
-from mortise_cuda_blackwell.loading import library_findings, load_flash_infer
+from mortise_cuda_blackwell.loading import (
+    library_choices,
+    library_findings,
+    load_flash_infer,
+)
 from mortise_cuda_blackwell.local import Nvfp4Dispatcher, carries
 from mortise_cuda_blackwell.options import Options
 from mortise_cuda_blackwell.select import BlackwellProducts
@@ -67,6 +71,7 @@ class BlackwellBackend(Backend):
         self, runtime: Runtime, options: Options, flash_infer: FlashInfer | None = None
     ) -> None:
         self._runtime = runtime
+        self._flash_infer = flash_infer
         self._capabilities = capabilities_of(runtime, options)
         figures = read_measurements(options.runner_figures)
         self._products = BlackwellProducts(runtime, options.runner, flash_infer, figures)
@@ -100,7 +105,7 @@ class BlackwellBackend(Backend):
 
     def choices(self) -> Sequence[BackendChoice]:
         """Tell which libraries serve."""
-        return tuple(choices(self._runtime))
+        return (*choices(self._runtime), *library_choices(self._flash_infer))
 
     def supports(self, request: ExpertLayerRequest) -> Support:
         """Serve experts that DeepGEMM or the Triton programs multiply."""

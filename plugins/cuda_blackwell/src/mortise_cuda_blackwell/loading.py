@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mortise.plugin import BackendUnusableError, Finding, Verdict
+from mortise.plugin import BackendChoice, BackendUnusableError, Finding, Verdict
 from mortise_cuda_blackwell.libraries import flashinfer
 from mortise_cuda_blackwell.libraries.flashinfer import FlashInfer
 from mortise_cuda_common.device import EMULATED
@@ -38,3 +38,18 @@ def library_findings(request: DoctorRequest, options: Options) -> Iterator[Findi
         yield Finding("FlashInfer", Verdict.OK, flashinfer.installed())
     except BackendUnusableError as error:
         yield Finding("FlashInfer", Verdict.FAIL, error.what, error.remedy or "")
+
+
+def library_choices(flash_infer: FlashInfer | None) -> Iterator[BackendChoice]:
+    """FlashInfer: its version, or why it is left out."""
+    if flash_infer is None:
+        yield BackendChoice(
+            subject="FlashInfer", value="not used", reason="option nvfp4 is 'triton'"
+        )
+        return
+    how = "its emulation" if flash_infer.is_emulated else "compared with torch at loading"
+    yield BackendChoice(
+        subject="FlashInfer",
+        value=flash_infer.version,
+        reason=f"{how}; it multiplies NVFP4 rows in slots",
+    )
