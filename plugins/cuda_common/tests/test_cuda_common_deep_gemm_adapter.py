@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,25 @@ def test_both_libraries_pass_the_first_products(chip: Chip, kind: type) -> None:
         }[kind]
     )
     assert "-" not in names.values()
+
+
+def test_one_thread_at_a_time_is_in_the_library(chip: Chip) -> None:
+    """It keeps compiled kernels in a map without a lock, and a warm-up has many threads."""
+    inside, most = [0], [0]
+
+    def slow(*_: object) -> int:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.01)
+        inside[0] -= 1
+        return 128
+
+    names = ("get_num_sms", "get_mk_alignment_for_contiguous_layout")
+    found = DeepGEMM.of(emulated(chip, **dict.fromkeys(names, slow)), chip, CPU)
+    with ThreadPoolExecutor(6) as pool:
+        calls = [pool.submit(one) for one in (found.num_sms, found.alignment) * 3]
+        assert [call.result() for call in calls] == [128] * 6
+    assert most == [1]
 
 
 def test_one_product(library: DeepGEMM) -> None:

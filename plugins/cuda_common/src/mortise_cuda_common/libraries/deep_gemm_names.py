@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from threading import Lock
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -58,7 +59,12 @@ ANY_NEXT_N_OF_THE_FORK: Final = "0.1.5"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Functions:
-    """The functions that are called, each by position alone: names of parameters have changed."""
+    """The functions that are called, each by position alone: names of parameters have changed.
+
+    One thread at a time is in any of them. The fork is called through apache-tvm-ffi, which lets
+    other threads of Python run meanwhile, and neither library guards what it keeps of the kernels
+    that it compiled (``csrc/jit/cache.hpp``).
+    """
 
     alignment: Callable[..., Any]
     num_sms: Callable[..., Any]
@@ -115,8 +121,10 @@ def resolve(library: Any, version: str) -> Resolved:
     if lacking:
         refusal = f"deep_gemm {version} has no {' and no '.join(lacking)}"
     chosen = {field.name: found[field.name] for field in fields(Functions)}
+    lock = Lock()
+    called = {name: pair[1] for name, pair in chosen.items() if pair is not None}
     return Resolved(
-        functions=Functions(**{name: pair[1] for name, pair in chosen.items() if pair is not None}),
+        functions=Functions(**{name: _guarded(one, lock) for name, one in called.items()}),
         rows=tuple((name, "-" if pair is None else pair[0]) for name, pair in chosen.items()),
         no_paged_mqa=refusal,
         takes_any_next_n=any_next_n,
@@ -129,6 +137,16 @@ def _find(library: Any, names: tuple[str, ...]) -> tuple[str, Callable[..., Any]
         if function is not None:
             return name, function
     return None
+
+
+def _guarded(function: Callable[..., Any], lock: Lock) -> Callable[..., Any]:
+    """The function, which waits for other threads that are in one with the same lock."""
+
+    def call(*arguments: Any) -> Any:
+        with lock:
+            return function(*arguments)
+
+    return call
 
 
 def _of_version(version: str) -> tuple[str, bool]:
