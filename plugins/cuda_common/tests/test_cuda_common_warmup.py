@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from tests.fixtures.tiny_models import INDEXER, save_tiny
 from mortise import LLM, EngineConfig
 from mortise.engine.warmup import warmup_request
 from mortise.plugin import QKVLayout, QKVShape
+from mortise_cuda_common import moe
 from mortise_cuda_common.warmup import launches, sizes
 
 if TYPE_CHECKING:
@@ -27,14 +28,13 @@ def test_sizes_are_powers_of_two_and_the_largest(most: int, wanted: tuple[int, .
     assert sizes(most) == wanted
 
 
-@pytest.mark.parametrize("mode", ["normal", "low_latency"])
-def test_every_job_runs_and_no_two_are_the_same(tmp_path: Path, mode: str) -> None:
-    plain = save_tiny(tmp_path / "plain", **INDEXER, hidden_size=128, moe_intermediate_size=128)
-    model = tmp_path / "fp8"
+def quantised_model(folder: Path, mode: str) -> LLM:
+    plain = save_tiny(folder / "plain", **INDEXER, hidden_size=128, moe_intermediate_size=128)
+    model = folder / "fp8"
     assert mortise("quantize", model, "--model", plain, "--scheme", "fp8-block").code == 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        llm = LLM(
+        return LLM(
             EngineConfig(
                 model=str(model),
                 backend="cuda_hopper",
@@ -45,6 +45,11 @@ def test_every_job_runs_and_no_two_are_the_same(tmp_path: Path, mode: str) -> No
                 dispatch={"mode": mode, "max_tokens_per_rank": 4},
             )
         )
+
+
+@pytest.mark.parametrize("mode", ["normal", "low_latency"])
+def test_every_job_runs_and_no_two_are_the_same(tmp_path: Path, mode: str) -> None:
+    llm = quantised_model(tmp_path, mode)
     request = warmup_request(llm.loaded, llm.resolved.config, ahead=True)
     backend = llm.loaded.bound.backend
     assert backend.warmup(request) == [], "an emulated chip compiles nothing"
@@ -54,6 +59,33 @@ def test_every_job_runs_and_no_two_are_the_same(tmp_path: Path, mode: str) -> No
     assert len(distinct) < len(jobs), "layers of one shape share what is compiled"
     for job in distinct.values():
         job.run()
+
+
+def test_an_exchange_of_fixed_size_is_warmed_up_at_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots as large as in service: they are compiled for, and larger ones fill the memory."""
+    llm = quantised_model(tmp_path, "low_latency")
+    apply, slots = moe.quantized_moe_apply, []
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        slots.append(arguments[1].rows.shape[1])
+        return apply(*arguments)
+
+    monkeypatch.setattr(moe, "quantized_moe_apply", recorded)
+    asked = warmup_request(llm.loaded, llm.resolved.config, ahead=True)
+    for world_size, most in ((1, 3), (4, 3), (1, 2048)):
+        request = replace(asked, world_size=world_size, max_tokens=most)
+        found = launches(llm.loaded.bound.backend, torch.device("cpu"), request)
+        jobs = {job.key: job for job in found if job.name.startswith("experts")}
+        assert {job.name.split(": ")[1] for job in jobs.values()} == {
+            "1 tokens",
+            f"{min(most, 4)} tokens",
+        }
+        slots.clear()
+        for job in jobs.values():
+            job.run()
+        assert set(slots) == {4 * world_size}
 
 
 def test_splits_are_launched_too(tmp_path: Path) -> None:

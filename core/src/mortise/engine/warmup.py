@@ -68,6 +68,7 @@ def warmup_request(loaded: LoadedModel, config: EngineConfig, *, ahead: bool) ->
         dispatch=loaded.dispatch,
         modes=loaded.modes,
         max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+        max_tokens_per_rank=config.dispatch.max_tokens_per_rank,
         num_experts_per_tok=facts.num_experts_per_tok,
         world_size=loaded.group.world_size,
         compute_dtype=loaded.dtype,

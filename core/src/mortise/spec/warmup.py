@@ -31,6 +31,8 @@ class WarmupRequest:
         dispatch: what was decided for each layer of experts, one for each mode, by its name.
         modes: exchanges that passes of this run may use.
         max_tokens: the most tokens of this process in one pass.
+        max_tokens_per_rank: the most of them in a pass by the low-latency exchange, which has
+            places for as many from every process; 0 where nothing limits them.
         num_experts_per_tok: K; 0 of a model without experts.
         world_size: processes that share the experts.
         compute_dtype: dtype of the hidden state.
@@ -49,6 +51,7 @@ class WarmupRequest:
     )
     modes: tuple[DispatchMode, ...]
     max_tokens: int
+    max_tokens_per_rank: int = 0
     num_experts_per_tok: int = 0
     world_size: int = 1
     compute_dtype: torch.dtype

@@ -10,6 +10,7 @@ import torch
 
 from mortise.plugin import (
     NOT_SUPPORTED,
+    DispatchMode,
     ForwardMode,
     IndexKeyDtype,
     IndexKeyPages,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         ExpertWeights,
         LinearWeight,
         QKVShape,
+        StoredWeight,
         WarmupRequest,
     )
 
@@ -66,6 +68,12 @@ def _on(device: torch.device, run: Callable[[], None]) -> Callable[[], None]:
     return there
 
 
+def _layout(stored: StoredWeight) -> tuple[object, ...]:
+    """What programs are compiled with besides scheme and shape."""
+    scales = None if stored.scale is None else tuple(stored.scale.shape)
+    return (stored.num_parts, stored.scale_format, scales)
+
+
 @dataclass(frozen=True, slots=True)
 class _Launches:
     backend: Backend
@@ -75,8 +83,17 @@ class _Launches:
     def experts(self) -> Iterator[WarmupJob]:
         for experts in self.request.experts:
             for decision in self.request.dispatch.get(experts.layer, ()):
-                for tokens in sizes(self.request.max_tokens):
+                for tokens in self._sizes_of(decision):
                     yield self._of_experts(experts, decision, tokens)
+
+    def _sizes_of(self, decision: DispatchDecision) -> tuple[int, ...]:
+        """Rows of an exchange of fixed size are as many for one token as for all."""
+        most, limit = self.request.max_tokens, self._limit(decision)
+        return tuple(sorted({1, min(most, limit)})) if limit else sizes(most)
+
+    def _limit(self, decision: DispatchDecision) -> int:
+        is_fixed = decision.format.mode is DispatchMode.LOW_LATENCY
+        return self.request.max_tokens_per_rank if is_fixed else 0
 
     def _of_experts(
         self, experts: ExpertWeights, decision: DispatchDecision, tokens: int
@@ -96,8 +113,9 @@ class _Launches:
             arrived = self._arrived(experts, decision, tokens)
             self._hook("quantized_moe_apply")(arrived, experts, self.request.compute_dtype)
 
+        layouts = (_layout(experts.w13), _layout(experts.w2))
         return WarmupJob(
-            name=name, key=("experts", shape, schemes, decision.format, tokens), run=run
+            name=name, key=("experts", shape, schemes, layouts, decision.format, tokens), run=run
         )
 
     def _arrived(
@@ -105,6 +123,7 @@ class _Launches:
     ) -> DispatchedTokens:
         """Zeros as they would arrive, each token at the first experts; from this process alone."""
         chosen = min(self.request.num_experts_per_tok, experts.num_local_experts)
+        places = self.request.world_size * self._limit(decision)
         ask = TokenDispatcherRequest(
             role=self.request.role,
             layer=experts.layer,
@@ -112,7 +131,7 @@ class _Launches:
             num_experts_per_tok=chosen,
             hidden_size=experts.hidden_size,
             mode=decision.format.mode,
-            max_tokens_per_rank=tokens,
+            max_tokens_per_rank=places or tokens,
             format=decision.format,
         )
         dispatcher: Any = self._hook("create_token_dispatcher")(ask)
@@ -142,7 +161,7 @@ class _Launches:
 
     def _of_linear(self, linear: LinearWeight, tokens: int) -> WarmupJob:
         scheme, shape = linear.stored.scheme, (linear.out_features, linear.in_features)
-        biased = linear.bias is not None
+        layout = (linear.bias is not None, *_layout(linear.stored))
 
         def run() -> None:
             rows = self._zeros(tokens, linear.in_features)
@@ -150,7 +169,7 @@ class _Launches:
 
         return WarmupJob(
             name=f"projection {shape[0]} x {shape[1]}, {scheme.value}: {tokens} tokens",
-            key=("linear", shape, scheme, biased, linear.stored.num_parts, tokens),
+            key=("linear", shape, scheme, layout, tokens),
             run=run,
         )
 
