@@ -8,8 +8,16 @@ import torch
 
 from mortise_cuda_common.programs import dtypes, values
 from mortise_cuda_common.programs.dtypes import Form
+from mortise_cuda_common.programs.integers import Integers
 from mortise_cuda_common.programs.scalars import Int32, Int64
-from mortise_cuda_common.programs.values import Value, plain_value, result, value_of
+from mortise_cuda_common.programs.values import (
+    Value,
+    aligned,
+    axis_of,
+    plain_value,
+    result,
+    value_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +33,22 @@ def arange(start: int, end: int) -> Value:
     """
     if (end - start).bit_count() != 1 or end <= start:
         raise ValueError("arange's range must be a power of 2")
-    return Value(torch.arange(start, end, dtype=torch.int32), dtypes.int32)
+    return Value(torch.arange(start, end, dtype=torch.int32).unsqueeze(0), dtypes.int32)
 
 
 def full(shape: Sequence[int], value: Any, dtype: Dtype) -> Value:
     """One number everywhere."""
     _check_shape(shape)
-    number = float(value.data) if isinstance(value, Value) else value
-    return Value(torch.full(tuple(shape), number, dtype=dtype.kept_as), dtype)
+    if not isinstance(value, (Value, Integers)):
+        return Value(torch.full((1, *shape), value, dtype=dtype.kept_as), dtype)
+    numbers = value.data.reshape(-1, *(1 for _ in shape)).to(dtype.kept_as)
+    return Value(numbers.expand(-1, *shape), dtype)
 
 
 def zeros(shape: Sequence[int], dtype: Dtype) -> Value:
     """Zero everywhere."""
     _check_shape(shape)
-    return Value(torch.zeros(tuple(shape), dtype=dtype.kept_as), dtype)
+    return Value(torch.zeros((1, *shape), dtype=dtype.kept_as), dtype)
 
 
 def _check_shape(shape: Sequence[int]) -> None:
@@ -52,7 +62,7 @@ def cast(
     """The same numbers, or the same bits, in another format."""
     if isinstance(value, (int, float)) and not isinstance(value, Int32):
         return values.cast(plain_value(value), dtype) if bitcast else values.scalar(value, dtype)
-    if isinstance(value, Int32) and not bitcast:
+    if isinstance(value, (Int32, Integers)) and not bitcast:
         return value.to(dtype)
     return value.to(dtype, bitcast=bitcast)
 
@@ -63,20 +73,20 @@ def where(condition: Any, one: Any, other: Any) -> Any:
     truth = plain_value(condition)
     if truth.dtype is not dtypes.int1:
         raise TypeError(f"tl.where chooses by a condition, not by {truth.dtype}")
-    chosen = torch.where(truth.data, left, right)
-    return result(chosen, dtype)
+    holds, left, right = aligned(truth.data, left, right)
+    return result(torch.where(holds, left, right), dtype)
 
 
 def maximum(one: Any, other: Any, propagate_nan: Any = None) -> Any:
     """The larger of two numbers; NaN stays what it is, for it stands for what is undefined."""
     left, right, dtype = _same_format(_wide(one), _wide(other))
-    return result(torch.maximum(left, right), dtype)
+    return result(torch.maximum(*aligned(left, right)), dtype)
 
 
 def minimum(one: Any, other: Any, propagate_nan: Any = None) -> Any:
     """The smaller of two numbers; NaN stays what it is, for it stands for what is undefined."""
     left, right, dtype = _same_format(_wide(one), _wide(other))
-    return result(torch.minimum(left, right), dtype)
+    return result(torch.minimum(*aligned(left, right)), dtype)
 
 
 def _wide(number: Any) -> Any:
@@ -120,19 +130,23 @@ def reshape(value: Value, *shape: Any, can_reorder: bool = False) -> Value:
 
 def expand_dims(value: Value, axis: int) -> Value:
     """One more dimension, of length 1."""
-    return Value(value.data.unsqueeze(axis), value.dtype)
+    return Value(value.data.unsqueeze(axis_of(axis)), value.dtype)
 
 
 def broadcast_to(value: Any, *shape: Any) -> Value:
     """The same numbers along further or longer dimensions."""
     block = plain_value(value)
-    return Value(block.data.broadcast_to(tuple(_flat(shape))), block.dtype)
+    sizes = _flat(shape)
+    data = block.data.reshape(
+        block.data.shape[0], *(1,) * (len(sizes) + 1 - block.data.dim()), *block.shape
+    )
+    return Value(data.expand(-1, *sizes), block.dtype)
 
 
 def join(one: Value, other: Value) -> Value:
     """Two blocks side by side, along a new last dimension."""
     left, right, dtype = _same_format(one, other)
-    return Value(torch.stack(torch.broadcast_tensors(left, right), dim=-1), dtype)
+    return Value(torch.stack(torch.broadcast_tensors(*aligned(left, right)), dim=-1), dtype)
 
 
 def split(value: Value) -> tuple[Any, Any]:
@@ -172,9 +186,10 @@ def block_sum(
 def cumsum(value: Value, axis: int = 0, reverse: bool = False, dtype: Any = None) -> Value:
     """Sums of all numbers so far along one dimension, each with its own."""
     value = values.plain_value(value.to(dtype or _sum_dtype(_wide(value).dtype)))
-    data = value.data.flip(axis) if reverse else value.data
-    summed = torch.cumsum(data, axis, dtype=data.dtype)
-    return Value(summed.flip(axis) if reverse else summed, value.dtype)
+    along = axis_of(axis)
+    data = value.data.flip(along) if reverse else value.data
+    summed = torch.cumsum(data, along, dtype=data.dtype)
+    return Value(summed.flip(along) if reverse else summed, value.dtype)
 
 
 def _sum_dtype(dtype: Dtype) -> Dtype:
@@ -202,7 +217,8 @@ def block_min(
 
 def argmax(value: Value, axis: int, tie_break_left: bool = True, keep_dims: bool = False) -> Any:
     """Where the largest number along one dimension is, the first of equals."""
-    return result(torch.argmax(value.data, axis, keepdim=keep_dims).to(torch.int32), dtypes.int32)
+    places = torch.argmax(value.data, axis_of(axis), keepdim=keep_dims)
+    return result(places.to(torch.int32), dtypes.int32)
 
 
 def _refuse_indices(options: dict[str, Any]) -> None:
@@ -226,8 +242,11 @@ def _reduced(
     operation: Callable[..., torch.Tensor], value: Value, axis: int | None, keep_dims: bool
 ) -> Any:
     values.to_compute(value.dtype)
-    dims = tuple(range(value.data.dim())) if axis is None else (axis,)
-    data = operation(value.data, dim=dims, keepdim=keep_dims)
+    dims = tuple(range(1, value.data.dim())) if axis is None else (axis_of(axis),)
+    # The order of a sum is that of one program, however many there are.
+    rounds = operation is torch.sum and value.dtype.form is Form.FLOAT
+    parts = value.data.split(1) if rounds else (value.data,)
+    data = torch.cat([operation(one, dim=dims, keepdim=keep_dims) for one in parts])
     return result(data.to(value.dtype.kept_as), value.dtype)
 
 
@@ -256,6 +275,8 @@ sigmoid = _function(torch.sigmoid)
 
 def size_of(value: Any) -> Any:
     """The size of a number."""
+    if isinstance(value, Integers):
+        return abs(value)
     if not isinstance(value, Value):
         return -value if value < 0 else value
     values.to_compute(value.dtype)

@@ -1,4 +1,4 @@
-"""Triton programs run by torch on a CPU, one after the other."""
+"""Triton programs run by torch on a CPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mortise_cuda_common.programs.base import Programs
 from mortise_cuda_common.programs.language import Language
 from mortise_cuda_common.programs.memory import Pointer
 from mortise_cuda_common.programs.scalars import Int32, Int64
+from mortise_cuda_common.programs.together import Writes, run_together
 from mortise_cuda_common.programs.values import Value
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class EmulatedPrograms(Programs):
         num_warps: int = 4,
         num_stages: int = 3,
     ) -> None:
-        """Run one program after the other.
+        """Run all programs, at once those that take the same way.
 
         Raises:
             IndexError: one of them reads or writes outside of a tensor.
@@ -70,10 +71,16 @@ class EmulatedPrograms(Programs):
         # Bounds of a loop that are a program's numbers give numbers of the same width.
         names = {**source.__globals__, "range": blocks.loop}
         program = FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+
+        def run(group: Sequence[int]) -> None:
+            writes = Writes(len(group)) if len(group) > 1 else None
+            names["tl"] = Language(group, grid, writes)
+            program(*passed, **constants)
+            if writes is not None:
+                writes.commit()
+
         with torch.no_grad():
-            for place in places:
-                names["tl"] = Language(place, grid)
-                program(*passed, **constants)
+            run_together(run, places)
 
 
 def _passed(argument: Any) -> Any:
@@ -82,5 +89,5 @@ def _passed(argument: Any) -> Any:
     if isinstance(argument, int) and not isinstance(argument, bool):
         return Int32(argument) if -(2**31) <= argument < 2**31 else Int64(argument)
     if isinstance(argument, float):
-        return Value(torch.tensor(argument, dtype=torch.float32), dtypes.float32)
+        return Value(torch.tensor([argument], dtype=torch.float32), dtypes.float32)
     return argument

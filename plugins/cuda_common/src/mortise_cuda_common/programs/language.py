@@ -1,11 +1,20 @@
-"""The part of ``triton.language`` that Mortise's programs are written in, for one program."""
+"""The part of ``triton.language`` that Mortise's programs are written in."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mortise_cuda_common.programs import blocks, dtypes, memory, products
+import torch
+
+from mortise_cuda_common.programs import blocks, dtypes, products
+from mortise_cuda_common.programs.integers import Integers
+from mortise_cuda_common.programs.memory import Memory
 from mortise_cuda_common.programs.scalars import Int32
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mortise_cuda_common.programs.together import Writes
 
 
 class Language:
@@ -15,17 +24,26 @@ class Language:
     order of sums within one operation and for chips' approximations (exp2, division, sigmoid).
 
     Args:
-        place: of the program on the one axis of its grid.
+        places: of programs that run at once on the one axis of their grid.
         grid: programs on that axis.
+        writes: keeps what several programs write; None for one.
     """
 
-    __slots__ = ("_grid", "_place")
+    __slots__ = ("_grid", "_place", "atomic_add", "load", "store")
 
-    def __init__(self, place: int, grid: int) -> None:
-        self._place = Int32(place)
+    def __init__(self, places: Sequence[int], grid: int, writes: Writes | None) -> None:
+        self._place = (
+            Int32(places[0])
+            if len(places) == 1
+            else Integers(torch.tensor(places, dtype=torch.int64), dtypes.int32)
+        )
         self._grid = Int32(grid)
+        memory = Memory(writes)
+        self.load = memory.load
+        self.store = memory.store
+        self.atomic_add = memory.atomic_add
 
-    def program_id(self, axis: int) -> Int32:
+    def program_id(self, axis: int) -> Int32 | Integers:
         """Place of this program in the grid."""
         return self._place if axis == 0 else Int32(0)
 
@@ -47,10 +65,6 @@ class Language:
     bfloat16 = dtypes.bfloat16
     float32 = dtypes.float32
     float64 = dtypes.float64
-
-    load = staticmethod(memory.load)
-    store = staticmethod(memory.store)
-    atomic_add = staticmethod(memory.atomic_add)
 
     dot = staticmethod(products.dot)
     dot_scaled = staticmethod(products.dot_scaled)

@@ -1,4 +1,4 @@
-"""Memory of a running program: pointers into tensors, and what reads and writes through them."""
+"""Memory of running programs: pointers into tensors, and what reads and writes through them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from mortise_cuda_common.programs import dtypes
+from mortise_cuda_common.programs.apart import Apart
 from mortise_cuda_common.programs.dtypes import Form
+from mortise_cuda_common.programs.integers import Integers
 from mortise_cuda_common.programs.values import (
     Value,
+    aligned,
     cast,
     from_raw,
     plain_value,
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mortise_cuda_common.programs.dtypes import Dtype
+    from mortise_cuda_common.programs.together import Writes
+
+MOST_LANES: Final = 2**20
+"""Addresses of one block of programs that run at once, so that blocks stay near the processor."""
 
 
 class PointerType:
@@ -48,7 +55,8 @@ class Pointer:
         memory: bits of everything from the tensor's first number up to its last one.
         element: the format of the numbers.
         base: what all addresses have in common.
-        offsets: int64, one for each lane; None is a single address.
+        offsets: int64 ``[P, *block]``, one for each lane of each program, P being 1 where all
+            have the same; None is a single address that all have.
     """
 
     __slots__ = ("base", "element", "memory", "offsets")
@@ -80,16 +88,17 @@ class Pointer:
     @property
     def shape(self) -> list[int]:
         """Addresses along each dimension."""
-        return [] if self.offsets is None else list(self.offsets.shape)
+        return [] if self.offsets is None else list(self.offsets.shape[1:])
 
     def __add__(self, further: Any) -> Pointer:
-        if isinstance(further, Value):
+        if isinstance(further, (Value, Integers)):
             if further.dtype.form is Form.FLOAT:
                 raise TypeError("an address plus a floating-point number is none")
             data = further.data
             offsets = data if data.dtype is torch.int64 else data.to(torch.int64)
             if self.offsets is not None:
-                offsets = self.offsets + offsets
+                offsets = torch.add(*aligned(self.offsets, offsets))
+            _check_lanes(offsets)
             return Pointer(self.memory, self.element, self.base, offsets)
         return Pointer(self.memory, self.element, self.base + int(further), self.offsets)
 
@@ -102,83 +111,124 @@ class Pointer:
     def __getitem__(self, key: Any) -> Pointer:
         if self.offsets is None:
             raise IndexError("a single address has no dimensions")
-        return Pointer(self.memory, self.element, self.base, self.offsets[key])
+        places = key if isinstance(key, tuple) else (key,)
+        offsets = self.offsets[(slice(None), *places)]
+        return Pointer(self.memory, self.element, self.base, offsets)
 
     def lanes(self) -> torch.Tensor:
-        """The address of each lane."""
+        """The address of each lane, ``[P, *block]``."""
         if self.offsets is None:
-            return torch.tensor(self.base)
+            return torch.tensor([self.base])
         lanes: torch.Tensor = self.offsets + self.base if self.base else self.offsets
         return lanes
 
 
-def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) -> Any:
-    """Numbers from memory.
-
-    Args:
-        pointer: where they are.
-        mask: which lanes are read; all by default.
-        other: what the other lanes get; they are poison by default.
-        hints: how a chip caches it.
+def _check_lanes(offsets: torch.Tensor) -> None:
+    """Have fewer programs go on together where they have too many addresses.
 
     Raises:
-        IndexError: a lane that is read lies outside of the tensor.
+        Apart: they have.
     """
-    element = pointer.element
-    if mask is None and other is not None:
-        raise ValueError("`other` cannot be provided without `mask`")
-    if pointer.offsets is None:
-        return _load_one(pointer, mask, other)
-    offsets = pointer.lanes()
-    if mask is None:
-        return Value(from_raw(_gathered(pointer.memory, offsets), element), element)
-    offsets, there = torch.broadcast_tensors(offsets, plain_value(mask).data)
-    if not pointer.memory.numel():
-        raw = torch.zeros(offsets.shape, dtype=pointer.memory.dtype)
-        _refuse(bool(there.any()), pointer)
-    else:
-        raw = _gathered(pointer.memory, torch.where(there, offsets, 0))
-    raw = torch.where(there, raw, _filling(element, other))
-    return Value(from_raw(raw, element), element)
+    programs = offsets.shape[0]
+    if programs > 1 and offsets.numel() > MOST_LANES:
+        fewer = max(1, programs * MOST_LANES // offsets.numel())
+        raise Apart([place // fewer for place in range(programs)])
 
 
-def store(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> None:
-    """Numbers to memory.
+class Memory:
+    """What programs reach by pointers.
 
     Args:
-        pointer: where to.
-        value: which; cast to what is there.
-        mask: which lanes are written; all by default.
-        hints: how a chip caches it.
-
-    Raises:
-        IndexError: a lane that is written lies outside of the tensor.
+        writes: keeps what several programs write; None for one, which writes at once.
     """
-    element = pointer.element
+
+    __slots__ = ("_writes",)
+
+    def __init__(self, writes: Writes | None) -> None:
+        self._writes = writes
+
+    def load(self, pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) -> Any:
+        """Numbers from memory.
+
+        Args:
+            pointer: where they are.
+            mask: which lanes are read; all by default.
+            other: what the other lanes get; they are poison by default.
+            hints: how a chip caches it.
+
+        Raises:
+            IndexError: a lane that is read lies outside of the tensor.
+        """
+        if mask is None and other is not None:
+            raise ValueError("`other` cannot be provided without `mask`")
+        if self._writes is not None:
+            self._writes.note_read(pointer.memory)
+        if not pointer.shape and isinstance(mask, Value) and mask.data.dim() > 1:
+            raise ValueError("a block masks no single address")
+        if pointer.offsets is None and not isinstance(mask, Value):
+            return _load_one(pointer, mask, other)
+        there = None if mask is None else plain_value(mask).data
+        if there is not None and bool(there.all()):
+            there = None
+        return _load_block(pointer, there, other)
+
+    def store(self, pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> None:
+        """Numbers to memory.
+
+        Args:
+            pointer: where to.
+            value: which; cast to what is there.
+            mask: which lanes are written; all by default.
+            hints: how a chip caches it.
+
+        Raises:
+            IndexError: a lane that is written lies outside of the tensor.
+        """
+        offsets, raw = _lanes_to_write(pointer, _raw_for(pointer.element, value), mask)
+        if not offsets.numel():
+            return
+        if self._writes is None:
+            pointer.memory.index_copy_(0, offsets, raw)
+        else:
+            self._writes.add(pointer.memory, offsets, raw)
+
+    def atomic_add(self, pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> Any:
+        """Add to memory, and give what was there; programs do it one after the other here."""
+        if self._writes is not None:
+            raise self._writes.alone()
+        before = self.load(pointer, mask=mask)
+        element = pointer.element
+        if element.is_float8 or element.is_widened:
+            raise TypeError(f"{element} is not added in memory")
+        offsets, raw = _lanes_to_write(pointer, _raw_for(element, value), mask)
+        there = pointer.memory.view(element.kept_as)
+        there.index_add_(0, offsets, raw.view(element.kept_as))
+        return before
+
+
+def _raw_for(element: Dtype, value: Any) -> torch.Tensor:
     numbers = plain_value(value)
     if numbers.dtype is not element:
         numbers = plain_value(cast(numbers, element))
-    offsets, raw = _lanes_to_write(pointer, to_raw(numbers), mask)
-    if not offsets.numel():
-        return
-    _refuse(int(offsets.min()) < 0 or int(offsets.max()) >= pointer.memory.shape[0], pointer)
-    pointer.memory.index_copy_(0, offsets, raw)
+    return to_raw(numbers)
 
 
-def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> Any:
-    """Add to memory, and give what was there; programs do it one after the other here."""
-    before = load(pointer, mask=mask)
-    element = pointer.element
-    numbers = plain_value(value)
-    numbers = plain_value(cast(numbers, element)) if numbers.dtype is not element else numbers
-    if element.is_float8 or element.is_widened:
-        raise TypeError(f"{element} is not added in memory")
-    offsets, raw = _lanes_to_write(pointer, to_raw(numbers), mask)
-    if offsets.numel():
-        _refuse(int(offsets.min()) < 0 or int(offsets.max()) >= pointer.memory.shape[0], pointer)
-        there = pointer.memory.view(element.kept_as)
-        there.index_add_(0, offsets, raw.view(element.kept_as))
-    return before
+def _load_block(pointer: Pointer, there: torch.Tensor | None, other: Any) -> Any:
+    element, memory = pointer.element, pointer.memory
+    offsets = pointer.lanes()
+    if there is None:
+        return result(from_raw(_gathered(memory, offsets), element), element)
+    offsets, there = torch.broadcast_tensors(*aligned(offsets, there))
+    if not memory.numel():
+        raw = torch.zeros(offsets.shape, dtype=memory.dtype)
+        _refuse(bool(there.any()), pointer)
+    else:
+        raw = _gathered(memory, torch.where(there, offsets, 0))
+    filling = _filling(element, other)
+    if isinstance(filling, torch.Tensor):
+        _, filling = aligned(raw, filling)
+    raw = torch.where(there, raw, filling)
+    return result(from_raw(raw, element), element)
 
 
 def _poison(dtype: Dtype) -> int:
@@ -211,33 +261,42 @@ def _gathered(memory: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 def _load_one(pointer: Pointer, mask: Any, other: Any) -> Any:
     element = pointer.element
-    if isinstance(mask, Value) and mask.data.dim():
-        raise ValueError("a block masks no single address")
     if mask is not None and not mask:
         raw = torch.as_tensor(_filling(element, other), dtype=pointer.memory.dtype)
-        return result(from_raw(raw.reshape(()), element), element)
+        return result(from_raw(raw.reshape(1), element), element)
     _refuse(not 0 <= pointer.base < pointer.memory.shape[0], pointer)
-    return result(from_raw(pointer.memory[pointer.base], element), element)
+    return result(from_raw(pointer.memory[pointer.base].reshape(1), element), element)
 
 
 def _lanes_to_write(
     pointer: Pointer, raw: torch.Tensor, mask: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Addresses ``[N]`` of lanes that are written, and the bits for them."""
     offsets = pointer.lanes()
-    raw = _as_wide(raw, offsets)
-    if mask is None:
-        return offsets.reshape(-1), raw.reshape(-1)
-    there = _as_wide(plain_value(mask).data, offsets)
-    if bool(there.all()):
-        return offsets.reshape(-1), raw.reshape(-1)
-    return offsets[there], raw[there]
+    there = None if mask is None else plain_value(mask).data
+    if there is not None and bool(there.all()):
+        there = None
+    programs = max(one.shape[0] for one in (offsets, raw, there) if one is not None)
+    wide = (programs, *offsets.shape[1:])
+    offsets, raw = offsets.expand(wide), _as_wide(raw, wide)
+    if there is None:
+        offsets, raw = offsets.reshape(-1), raw.reshape(-1)
+    else:
+        there = _as_wide(there, wide)
+        offsets, raw = offsets[there], raw[there]
+    if offsets.numel():
+        least, most = torch.aminmax(offsets)
+        _refuse(int(least) < 0 or int(most) >= pointer.memory.shape[0], pointer)
+    return offsets, raw
 
 
-def _as_wide(block: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _as_wide(block: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if block.dim() < len(shape):
+        block = block.reshape(block.shape[0], *(1,) * (len(shape) - block.dim()), *block.shape[1:])
     try:
-        return block.expand(offsets.shape)
+        return block.expand(shape)
     except RuntimeError:
-        shapes = f"{list(block.shape)} for {list(offsets.shape)}"
+        shapes = f"{list(block.shape[1:])} for {list(shape[1:])}"
         raise ValueError(f"a block of {shapes} addresses") from None
 
 

@@ -12,6 +12,8 @@ from mortise_cuda_common.programs.dtypes import Form
 from mortise_cuda_common.programs.values import Value
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mortise_cuda_common.programs.dtypes import Dtype
 
 _E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -100,13 +102,25 @@ def _check_dot(one: Value, other: Value) -> None:
 
 
 def _summed(left: torch.Tensor, right: torch.Tensor, acc: Value | None, out_dtype: Dtype) -> Value:
+    """Products of each program by itself, so that its sums are those of one that runs alone."""
     if acc is None:
-        return Value((left @ right).to(out_dtype.kept_as), out_dtype)
-    if acc.shape != [*left.shape[:-1], right.shape[-1]]:
-        raise ValueError(f"accumulator of {acc.shape} for {list(left.shape)} x {list(right.shape)}")
-    if acc.dtype is dtypes.float32 and left.dim() == 2:
-        return Value(torch.addmm(acc.data, left, right), acc.dtype)
-    return Value((acc.data + left @ right).to(acc.dtype.kept_as), acc.dtype)
+        products = [one @ other for one, other in _of_each(left, right)]
+        return Value(torch.stack(products).to(out_dtype.kept_as), out_dtype)
+    if acc.shape != [*left.shape[1:-1], right.shape[-1]]:
+        raise ValueError(
+            f"accumulator of {acc.shape} for {list(left.shape[1:])} x {list(right.shape[1:])}"
+        )
+    if acc.dtype is dtypes.float32 and left.dim() == 3:
+        sums = [torch.addmm(*each) for each in _of_each(acc.data, left, right)]
+    else:
+        sums = [so_far + one @ other for so_far, one, other in _of_each(acc.data, left, right)]
+    return Value(torch.stack(sums).to(acc.dtype.kept_as), acc.dtype)
+
+
+def _of_each(*blocks: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The blocks of one program after the other."""
+    programs = max(one.shape[0] for one in blocks)
+    return zip(*(one.expand(programs, *one.shape[1:]).unbind() for one in blocks), strict=True)
 
 
 def _tf32(numbers: torch.Tensor) -> torch.Tensor:
@@ -137,13 +151,13 @@ def _scaled(numbers: torch.Tensor, scale: Value | None) -> torch.Tensor:
         return numbers
     is_e4m3 = scale.dtype is dtypes.float8e4nv
     group = 16 if is_e4m3 else 32
-    if scale.shape != [*numbers.shape[:-1], numbers.shape[-1] // group]:
+    if scale.shape != [*numbers.shape[1:-1], numbers.shape[-1] // group]:
         raise ValueError(
-            f"scales of {scale.dtype} for {list(numbers.shape)} are one for {group} numbers, not "
-            f"{scale.shape}"
+            f"scales of {scale.dtype} for {list(numbers.shape[1:])} are one for {group} numbers, "
+            f"not {scale.shape}"
         )
     factors = scale.data.to(torch.float32) if is_e4m3 else _powers_of_two(scale)
-    blocks = numbers.reshape(*factors.shape, group)
+    blocks = numbers.reshape(*numbers.shape[:-1], -1, group)
     return (blocks * factors.unsqueeze(-1)).flatten(-2)
 
 

@@ -1,13 +1,16 @@
-"""Blocks of numbers of a running program: torch's tensors, computed with as the chip's are."""
+"""Blocks of numbers of running programs: torch's tensors, computed with as the chip's are."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from mortise_cuda_common.programs import dtypes
+from mortise_cuda_common.programs.apart import Apart, decided
 from mortise_cuda_common.programs.dtypes import Form, promoted
+from mortise_cuda_common.programs.integers import Integers
 from mortise_cuda_common.programs.scalars import Int32, Int64
 
 if TYPE_CHECKING:
@@ -19,10 +22,11 @@ MOST_E4M3: Final = 448.0
 
 
 class Value:
-    """A block of numbers of one format, or a single one; nothing changes it.
+    """A block of numbers of one format, or a single one, of each program; nothing changes it.
 
     Attributes:
-        data: the numbers.
+        data: the numbers ``[P, *block]`` of programs that run at once; P is 1 where all of them
+            have the same, and where one program runs.
         dtype: their format.
     """
 
@@ -37,17 +41,17 @@ class Value:
     @property
     def shape(self) -> list[int]:
         """Numbers along each dimension."""
-        return list(self.data.shape)
+        return list(self.data.shape[1:])
 
     @property
     def numel(self) -> int:
         """Numbers of the block."""
-        return self.data.numel()
+        return math.prod(self.data.shape[1:])
 
     @property
     def T(self) -> Value:  # noqa: N802 - Triton's name
         """The block ``[M, N]`` as ``[N, M]``."""
-        return Value(self.data.mT, self.dtype)
+        return self.trans()
 
     def to(
         self, dtype: Dtype, fp_downcast_rounding: str | None = None, bitcast: bool = False
@@ -59,28 +63,31 @@ class Value:
 
     def trans(self, *dims: int) -> Value:
         """Its dimensions in another order; the last two in turn by default."""
-        return Value(self.data.permute(dims) if dims else self.data.mT, self.dtype)
+        if not dims and self.data.dim() < 3:
+            raise ValueError(f"a block of {self.shape} has no two dimensions to turn")
+        places = (0, *(axis_of(one) for one in dims))
+        return Value(self.data.permute(places) if dims else self.data.mT, self.dtype)
 
     def reshape(self, *shape: Any) -> Value:
         """The same numbers in another shape."""
         sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        return Value(self.data.reshape(tuple(sizes)), self.dtype)
+        return Value(self.data.reshape(self.data.shape[0], *sizes), self.dtype)
 
     def __getitem__(self, key: Any) -> Value:
         places = key if isinstance(key, tuple) else (key,)
         if any(one is not None and one != slice(None) for one in places):
             raise IndexError("Triton indexes blocks by None and : only")
-        return Value(self.data[key], self.dtype)
+        return Value(self.data[(slice(None), *places)], self.dtype)
 
     def __bool__(self) -> bool:
-        if self.data.dim():
+        if self.data.dim() > 1:
             raise ValueError("a block of numbers is neither true nor false")
-        return bool(self.data)
+        return bool(decided(self.data != 0))
 
     def __index__(self) -> int:
-        if self.data.dim() or self.dtype.form is Form.FLOAT:
+        if self.data.dim() > 1 or self.dtype.form is Form.FLOAT:
             raise TypeError("only a single integer counts")
-        return int(self.data)
+        return decided(self.data)
 
     def __add__(self, other: Any) -> Any:
         return computed(torch.add, self, other)
@@ -178,17 +185,25 @@ def scalar(number: float, dtype: Dtype) -> Any:
         return Int32.checked(int(number))
     if dtype is dtypes.int64:
         return Int64.checked(int(number))
-    return Value(torch.tensor(number, dtype=dtype.kept_as), dtype)
+    return Value(torch.tensor([number], dtype=dtype.kept_as), dtype)
 
 
 def result(data: torch.Tensor, dtype: Dtype) -> Any:
-    """What an operation gave: a single signed integer or truth becomes Python's."""
-    if data.dim() or dtype.form is Form.FLOAT:
+    """What an operation gave: a single signed integer or truth becomes Python's.
+
+    Args:
+        data: ``[P, *block]``; of several programs it becomes ``Integers``, and truths stay.
+        dtype: their format.
+    """
+    if data.dim() > 1 or dtype.form is Form.FLOAT or dtype is dtypes.uint32:
         return Value(data, dtype)
+    if data.shape[0] > 1:
+        if dtype.form is Form.BOOLEAN:
+            return Value(data, dtype)
+        width = dtypes.int64 if dtype is dtypes.int64 else dtypes.int32
+        return Integers(data.to(torch.int64), width)
     if dtype.form is Form.BOOLEAN:
         return bool(data)
-    if dtype is dtypes.uint32:
-        return Value(data, dtype)
     return (Int64 if dtype is dtypes.int64 else Int32)(int(data))
 
 
@@ -197,20 +212,38 @@ def value_of(number: Any, beside: Value) -> Value:
     if isinstance(number, Value):
         return number
     _, other, dtype = _operands(beside, number)
-    return Value(torch.as_tensor(other).to(dtype.kept_as), dtype)
+    return Value(torch.as_tensor(other).to(dtype.kept_as).reshape(-1), dtype)
 
 
 def plain_value(number: Any) -> Value:
     """A number as a value of the format that it has by itself."""
     if isinstance(number, Value):
         return number
+    if isinstance(number, Integers):
+        return Value(number.data.to(number.dtype.kept_as), number.dtype)
     if isinstance(number, bool):
-        return Value(torch.tensor(number), dtypes.int1)
+        return Value(torch.tensor([number]), dtypes.int1)
     if isinstance(number, float):
-        return Value(torch.tensor(number, dtype=torch.float32), dtypes.float32)
+        return Value(torch.tensor([number], dtype=torch.float32), dtypes.float32)
     wide = isinstance(number, Int64) or not -(2**31) <= number < 2**31
     dtype = dtypes.int64 if wide else dtypes.int32
-    return Value(torch.tensor(int(number), dtype=dtype.kept_as), dtype)
+    return Value(torch.tensor([int(number)], dtype=dtype.kept_as), dtype)
+
+
+def axis_of(axis: int) -> int:
+    """The dimension of ``data`` that one of a block is."""
+    return axis if axis < 0 else axis + 1
+
+
+def aligned(*blocks: torch.Tensor) -> list[torch.Tensor]:
+    """Numbers ``[P, *block]`` with as many dimensions each: a block lacks its first ones."""
+    dims = max(one.dim() for one in blocks)
+    return [
+        one
+        if one.dim() == dims or one.shape[0] == 1
+        else one.reshape(one.shape[0], *(1,) * (dims - one.dim()), *one.shape[1:])
+        for one in blocks
+    ]
 
 
 def _operands(one: Value, other: Any, *, divides: bool = False) -> tuple[Any, Any, Dtype]:
@@ -233,6 +266,12 @@ def _operands(one: Value, other: Any, *, divides: bool = False) -> tuple[Any, An
         # A number of the program, unlike a constant, has a width.
         result = dtype if dtype.form is Form.FLOAT else promoted(dtype, other.dtype)
         other = int(other)
+    elif kind is Integers:
+        result = dtype if dtype.form is Form.FLOAT else promoted(dtype, other.dtype)
+        if result.bits < 32:
+            # Beside short numbers torch keeps a single one as it is.
+            raise Apart(range(other.data.shape[0]))
+        other = other.data.to(result.kept_as)
     elif kind is bool:
         result = dtype
     else:
@@ -268,7 +307,13 @@ def computed(
     left, right, dtype = _operands(one, other, divides=divides)
     if left is NotImplemented:
         return NotImplemented
-    return _fitting(operation(left, right), dtype)
+    return _fitting(_applied(operation, left, right), dtype)
+
+
+def _applied(operation: Callable[..., torch.Tensor], left: torch.Tensor, right: Any) -> Any:
+    if isinstance(right, torch.Tensor) and left.dim() != right.dim():
+        left, right = aligned(left, right)
+    return operation(left, right)
 
 
 def compared(operation: Callable[..., torch.Tensor], one: Value, other: Any) -> Any:
@@ -276,7 +321,7 @@ def compared(operation: Callable[..., torch.Tensor], one: Value, other: Any) -> 
     left, right, _ = _operands(one, other)
     if left is NotImplemented:
         return NotImplemented
-    return result(operation(left, right), dtypes.int1)
+    return result(_applied(operation, left, right), dtypes.int1)
 
 
 def divided(one: Value, other: Any) -> Any:
@@ -305,7 +350,7 @@ def _fitting(data: torch.Tensor, dtype: Dtype) -> Any:
     """As many bits as the format has."""
     if dtype.is_widened:
         data = torch.bitwise_and(data, (1 << dtype.bits) - 1)
-    return Value(data, dtype) if data.dim() else result(data, dtype)
+    return result(data, dtype)
 
 
 def cast(value: Value, dtype: Dtype) -> Any:
@@ -323,9 +368,11 @@ def cast(value: Value, dtype: Dtype) -> Any:
         return _cast_of_integers(value, dtype)
     data = value.data
     if dtype is dtypes.float8e4nv and data.numel():
-        most = torch.nan_to_num(data.to(torch.float32), nan=0.0).abs().max()
-        if float(most) > MOST_E4M3:
-            raise ValueError(f"{float(most)} is more than 448, the most that e4m3 holds: limit it")
+        # NaN is not more than anything, and stays what it is.
+        sizes = data.to(torch.float32).abs()
+        if bool((sizes > MOST_E4M3).any()):
+            most = float(torch.nan_to_num(sizes, nan=0.0).max())
+            raise ValueError(f"{most} is more than 448, the most that e4m3 holds: limit it")
     if dtype.is_float8 and data.dtype is not torch.float32:
         data = data.to(torch.float32)
     return Value(data.to(dtype.kept_as), dtype)
