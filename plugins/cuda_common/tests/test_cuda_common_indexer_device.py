@@ -144,6 +144,8 @@ def test_a_captured_graph_is_replayed_after_a_refresh(gpu: Gpu, fp8: bool) -> No
         now = replace(longest, lens=torch.tensor(lens, dtype=torch.int32).view(6, 1))
         fresh = now.on(gpu.runtime.device).plan(gpu.indexer, gpu.num_workers)
         plan = refresh_paged_mqa_metadata(plan, fresh, captured_context_len=3000)
+        # Scores of fewer keys are the same numbers: what is left of the last launch must not count.
+        result.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
         if any(lens):
