@@ -71,11 +71,66 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "glm4": {"model_type": "glm4_moe"},
+    "glm4, as published": {
+        "model_type": "glm4_moe",
+        "num_attention_heads": 12,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.5,
+        },
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 8,
+        "num_nextn_predict_layers": 1,
+    },
+    "glm4, a head of keys for each of queries, no biases, no norms, tied": {
+        "model_type": "glm4_moe",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "tie_word_embeddings": True,
+    },
+    "glm4, all of a head rotated, four groups, two kept, weights not normalised": {
+        "model_type": "glm4_moe",
+        "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0},
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 0,
+    },
+    "glm4, a quarter rotated, biases without norms, three shared experts": {
+        "model_type": "glm4_moe",
+        "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25},
+        "use_qk_norm": False,
+        "n_shared_experts": 3,
+        "first_k_dense_replace": 2,
+        "rms_norm_eps": 0.1,
+    },
+    "glm4, heads wider than the hidden state has room for, norms without biases": {
+        "model_type": "glm4_moe",
+        "head_dim": 24,
+        "num_key_value_heads": 3,
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.67},
+        "n_group": 2,
+    },
+    "glm4, yarn, tied": {
+        "model_type": "glm4_moe",
+        "head_dim": 32,
+        "rope_parameters": YARN | {"partial_rotary_factor": 0.5, "mscale": 0.0},
+        "tie_word_embeddings": True,
+    },
+    "glm4, dense layers": {"model_type": "glm4_moe", "first_k_dense_replace": 3},
 }
 SPARSE = [
     name
     for name, fields in CONFIGURATIONS.items()
-    if fields.get("model_type") != "deepseek_v3" and fields.get("index_topk", 16) < NUM_TOKENS
+    if fields.get("model_type") not in {"deepseek_v3", "glm4_moe"}
+    and fields.get("index_topk", 16) < NUM_TOKENS
 ]
 
 
@@ -184,7 +239,7 @@ def test_sparsity_bites(name: str) -> None:
     assert difference[topk:].max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["v32", "v3"])
+@pytest.mark.parametrize("name", ["v32", "v3", "glm4, dense layers"])
 def test_bfloat16_loses_no_more_than_transformers_bfloat16(name: str, root: Path) -> None:
     """Tokens cannot be compared there: any order of summation gives others."""
     config = EngineConfig(

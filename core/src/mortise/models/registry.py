@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from mortise.errors import UnknownArchitectureError
 from mortise.models.deepseek_v32.family import DeepseekV32Family
+from mortise.models.glm4_moe.family import Glm4MoeFamily
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mortise.models.family import ModelFamily
 
-FAMILIES: tuple[ModelFamily, ...] = (DeepseekV32Family(),)
+FAMILIES: tuple[ModelFamily, ...] = (DeepseekV32Family(), Glm4MoeFamily())
 
 
 def family_of(raw: Mapping[str, object]) -> ModelFamily:
