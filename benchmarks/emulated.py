@@ -78,8 +78,11 @@ CUDA = Comparison(
     runs={
         "reference": ((), ("fp8-block", "w4a16", "nvfp4")),
         # It has no fp4 units.
-        "Hopper, DeepGEMM": (emulated("cuda_hopper", runner="deep_gemm"), ("fp8-block",)),
-        "Hopper, Triton": (emulated("cuda_hopper", runner="triton"), ("fp8-block", "w4a16")),
+        "Hopper": (emulated("cuda_hopper"), ("fp8-block", "w4a16")),
+        "Hopper, Triton alone": (
+            emulated("cuda_hopper", runner="triton", indexer="triton"),
+            ("fp8-block", "w4a16"),
+        ),
         "Blackwell": (emulated("cuda_blackwell"), ("fp8-block", "w4a16", "nvfp4")),
     },
 )
