@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,13 @@ from mortise.plugin import BackendUnusableError, ContractError, ReasonCode
 from mortise_cuda_common.emulator.deep_gemm.fork import ForkDeepGEMM
 from mortise_cuda_common.emulator.deep_gemm.upstream import UpstreamDeepGEMM
 from mortise_cuda_common.libraries.deep_gemm import DeepGEMM
+from mortise_cuda_common.libraries.deep_gemm_names import resolve
 from mortise_cuda_common.libraries.deep_gemm_smoke import difference_of
 from mortise_cuda_common.rows import Kind, Rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from plugins.cuda_common.tests.deep_gemm_cases import Quantised
 
     from mortise_cuda_common.chip import Chip
@@ -93,6 +97,26 @@ def test_one_thread_at_a_time_is_in_the_library(chip: Chip) -> None:
         calls = [pool.submit(one) for one in (found.num_sms, found.alignment) * 3]
         assert [call.result() for call in calls] == [128] * 6
     assert most == [1]
+
+
+def test_it_launches_on_its_own_gpu(chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It launches on the thread's current one, which is the first in every new thread."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def entering(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr("torch.cuda.device", entering)
+    second = torch.device("cuda", 1)
+    made = emulated(chip)
+    assert (
+        resolve(made, "2.6.1", second).functions.alignment() == DeepGEMM.emulated(chip).alignment()
+    )
+    assert entered == [second]
+    assert resolve(made, "2.6.1", CPU).functions.num_sms() == chip.num_sms
+    assert entered == [second]
 
 
 def test_one_product(library: DeepGEMM) -> None:

@@ -74,7 +74,7 @@ class DeepGEMM:
             BackendUnusableError: it lacks a function or multiplies wrongly.
         """
         version = str(getattr(library, "__version__", "unknown"))
-        found = cls(chip=chip, version=version, resolved=resolve(library, version))
+        found = cls(chip=chip, version=version, resolved=resolve(library, version, device))
         require_right_products(found, device)
         return found
 

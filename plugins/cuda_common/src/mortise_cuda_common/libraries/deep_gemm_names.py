@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from threading import Lock
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from packaging.version import InvalidVersion, Version
 
 from mortise.plugin import BackendUnusableError, ReasonCode
@@ -63,7 +65,8 @@ class Functions:
 
     One thread at a time is in any of them. The fork is called through apache-tvm-ffi, which lets
     other threads of Python run meanwhile, and neither library guards what it keeps of the kernels
-    that it compiled (``csrc/jit/cache.hpp``).
+    that it compiled (``csrc/jit/cache.hpp``). They launch on the current stream of the GPU that is
+    the thread's current one, wherever the tensors are: here that is the role's.
     """
 
     alignment: Callable[..., Any]
@@ -96,12 +99,13 @@ class Resolved:
     takes_any_next_n: bool
 
 
-def resolve(library: Any, version: str) -> Resolved:
+def resolve(library: Any, version: str, device: torch.device | None = None) -> Resolved:
     """Find every function.
 
     Args:
         library: the module, or what stands in for it.
         version: of it.
+        device: the GPU that it launches on.
 
     Raises:
         BackendUnusableError: it lacks a product or a layout under all names that are known.
@@ -124,7 +128,7 @@ def resolve(library: Any, version: str) -> Resolved:
     lock = Lock()
     called = {name: pair[1] for name, pair in chosen.items() if pair is not None}
     return Resolved(
-        functions=Functions(**{name: _guarded(one, lock) for name, one in called.items()}),
+        functions=Functions(**{name: _guarded(one, lock, device) for name, one in called.items()}),
         rows=tuple((name, "-" if pair is None else pair[0]) for name, pair in chosen.items()),
         no_paged_mqa=refusal,
         takes_any_next_n=any_next_n,
@@ -139,11 +143,14 @@ def _find(library: Any, names: tuple[str, ...]) -> tuple[str, Callable[..., Any]
     return None
 
 
-def _guarded(function: Callable[..., Any], lock: Lock) -> Callable[..., Any]:
-    """The function, which waits for other threads that are in one with the same lock."""
+def _guarded(
+    function: Callable[..., Any], lock: Lock, device: torch.device | None
+) -> Callable[..., Any]:
+    """The function on its device, which waits for threads that are in one with the same lock."""
+    is_gpu = device is not None and device.type == "cuda"
 
     def call(*arguments: Any) -> Any:
-        with lock:
+        with lock, torch.cuda.device(device) if is_gpu else nullcontext():
             return function(*arguments)
 
     return call
