@@ -17,7 +17,7 @@ def cache(
     dtype: torch.dtype = torch.float32,
 ) -> IndexKeyCache:
     return IndexKeyCache(
-        num_layers=2,
+        layers=range(2),
         num_pages=3,
         dim=dim,
         key_dtype=key_dtype,

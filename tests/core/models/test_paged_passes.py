@@ -17,12 +17,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FP8_KEYS = "sparse with float8 keys"
+SHARED_FP8_KEYS = "choices shared with float8 keys"
+SHARED: dict[str, Any] = {
+    "model_type": "glm_moe_dsa",
+    "indexer_types": ["full", "shared", "full"],
+}
 MODELS: dict[str, dict[str, Any]] = {
     "sparse": {"num_hidden_layers": 2},
     FP8_KEYS: {"num_hidden_layers": 2},
     "sparse with ties": {"num_hidden_layers": 2, "index_n_heads": 2},
     "dense": {"num_hidden_layers": 2, "model_type": "deepseek_v3"},
     "grouped queries": {"num_hidden_layers": 2, "model_type": "glm4_moe"},
+    "choices shared": SHARED,
+    SHARED_FP8_KEYS: SHARED,
 }
 TOLERANCE = 1e-4
 AROUND_PAGE_ENDS = (1, 63, 64, 65, 128)
@@ -34,7 +41,7 @@ def loaded(name: str, root: Path) -> PagedModel:
     return PagedModel(
         save_tiny(path, tokenizer=False, **MODELS[name]),
         num_pages=16,
-        index_key_dtype=IndexKeyDtype.FP8_E4M3 if name == FP8_KEYS else IndexKeyDtype.COMPUTE,
+        index_key_dtype=IndexKeyDtype.FP8_E4M3 if "float8" in name else IndexKeyDtype.COMPUTE,
     )
 
 

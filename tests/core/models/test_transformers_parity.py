@@ -38,6 +38,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 0,
     },
     "v32, yarn": {"rope_parameters": YARN, "index_topk": 8},
+    "v32, another epsilon": {"rms_norm_eps": 0.3, "first_k_dense_replace": 0},
     "v32, yarn of two scales, tied embeddings": {
         "rope_parameters": YARN | {"mscale": 0.7, "factor": 8.0},
         "tie_word_embeddings": True,
@@ -70,6 +71,53 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 2,
         "n_group": 1,
         "topk_group": 1,
+    },
+    "glm": {"model_type": "glm_moe_dsa"},
+    "glm, as published": {
+        "model_type": "glm_moe_dsa",
+        "num_hidden_layers": 6,
+        "index_topk_freq": 4,
+        "index_skip_topk_offset": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 8e6},
+        "rms_norm_eps": 1e-2,
+        "num_nextn_predict_layers": 1,
+    },
+    # Few index heads: what is shared are choices among ties.
+    "glm, one indexer for all layers": {
+        "model_type": "glm_moe_dsa",
+        "indexer_types": ["full", "shared", "shared"],
+        "index_n_heads": 2,
+        "index_topk": 12,
+    },
+    "glm, by a pattern, a dense layer between": {
+        "model_type": "glm_moe_dsa",
+        "num_hidden_layers": 4,
+        "index_topk_pattern": "FSSF",
+        "mlp_layer_types": ["sparse", "dense", "sparse", "dense"],
+        "norm_topk_prob": False,
+        "n_shared_experts": 2,
+    },
+    "glm, yarn, biases, tied": {
+        "model_type": "glm_moe_dsa",
+        "index_topk_freq": 2,
+        "rope_parameters": YARN | {"mscale": 0.7},
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "glm, everything of the index head rotated, wide values": {
+        "model_type": "glm_moe_dsa",
+        "indexer_types": ["full", "full", "shared"],
+        "index_head_dim": 16,
+        "v_head_dim": 56,
+        "index_topk": 24,
+        "first_k_dense_replace": 0,
+    },
+    "glm, every key seen": {
+        "model_type": "glm_moe_dsa",
+        "index_topk": 512,
+        "index_topk_freq": 2,
     },
     "glm4": {"model_type": "glm4_moe"},
     "glm4, as published": {
@@ -239,7 +287,7 @@ def test_sparsity_bites(name: str) -> None:
     assert difference[topk:].max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["v32", "v3", "glm4, dense layers"])
+@pytest.mark.parametrize("name", ["v32", "v3", "glm", "glm4, dense layers"])
 def test_bfloat16_loses_no_more_than_transformers_bfloat16(name: str, root: Path) -> None:
     """Tokens cannot be compared there: any order of summation gives others."""
     config = EngineConfig(

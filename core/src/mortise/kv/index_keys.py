@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from mortise.formats.index_keys import hadamard, quantise_index_keys
 from mortise.kv.pages import PAGE_SIZE
 from mortise.spec.paged_mqa import IndexKeyDtype, IndexKeyPages
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _SCALE_BYTES = 4
 
 
 class IndexKeyCache:
-    """Cached index keys of every layer, D wide.
+    """Cached index keys of every layer that has an indexer, D wide.
 
     In float8, queries and keys are multiplied by a Hadamard matrix before keys are rounded, which
     changes no product and spreads outliers; where D is no power of two there is no such matrix,
     and they stay as they are.
 
     Args:
-        num_layers: layers that have an indexer.
+        layers: the layers that have an indexer.
         num_pages: pages per layer.
         dim: D.
         key_dtype: how keys are stored.
@@ -29,7 +34,7 @@ class IndexKeyCache:
     def __init__(
         self,
         *,
-        num_layers: int,
+        layers: Sequence[int],
         num_pages: int,
         dim: int,
         key_dtype: IndexKeyDtype,
@@ -44,11 +49,16 @@ class IndexKeyCache:
         page_bytes = PAGE_SIZE * (dim + _SCALE_BYTES)
         # Zeros, not garbage: rows that no token ever wrote are masked, and must be finite.
         self._pages = torch.zeros(
-            (num_layers, num_pages, page_bytes if quantised else PAGE_SIZE * dim),
+            (len(layers), num_pages, page_bytes if quantised else PAGE_SIZE * dim),
             dtype=torch.uint8 if quantised else dtype,
             device=device,
         )
-        self._layers = tuple(map(self._views, self._pages))
+        self._layers = dict(zip(layers, map(self._views, self._pages), strict=True))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have an indexer."""
+        return tuple(self._layers)
 
     @property
     def num_bytes(self) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from mortise.kv.index_keys import IndexKeyCache
 from mortise.kv.pages import PAGE_SIZE
 from mortise.spec.paged_mqa import IndexKeyDtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class LatentPool:
@@ -17,6 +22,7 @@ class LatentPool:
         num_pages: pages per layer, shared by all requests.
         latent_dim: ``kv_lora_rank + qk_rope_head_dim``.
         index_dim: ``index_head_dim``, or None without an indexer.
+        index_layers: the layers that have an indexer of their own, or None for all.
         index_key_dtype: how index keys are stored.
         dtype: of the hidden state, and of latents.
     """
@@ -30,6 +36,7 @@ class LatentPool:
         index_dim: int | None,
         dtype: torch.dtype,
         device: torch.device,
+        index_layers: Sequence[int] | None = None,
         index_key_dtype: IndexKeyDtype = IndexKeyDtype.COMPUTE,
     ) -> None:
         self.num_pages = num_pages
@@ -41,7 +48,7 @@ class LatentPool:
         self._index_keys = None
         if index_dim is not None:
             self._index_keys = IndexKeyCache(
-                num_layers=num_layers,
+                layers=range(num_layers) if index_layers is None else index_layers,
                 num_pages=num_pages,
                 dim=index_dim,
                 key_dtype=index_key_dtype,
@@ -61,6 +68,6 @@ class LatentPool:
 
     @property
     def index_keys(self) -> IndexKeyCache:
-        """The indexer's keys of every layer."""
+        """The keys of every layer's indexer."""
         assert self._index_keys is not None, "this model has no indexer"
         return self._index_keys

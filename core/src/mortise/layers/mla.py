@@ -73,10 +73,12 @@ class Attend(Protocol):
 class LightningIndexer(nn.Module):
     """DeepSeek-V3.2's indexer: cheap multi-query scores that pick the keys attention may see.
 
-    The first ``qk_rope_head_dim`` dimensions are rotated in halves (not interleaved), queries come
-    from the latent query, keys are layer-normalised (DeepSeek-V3.2-Exp, ``inference/model.py``).
-    The Hadamard rotation of the original is orthogonal and changes no product; it is left to
-    caches that quantise.
+    The first ``qk_rope_head_dim`` dimensions are rotated, queries come from the latent query, keys
+    are layer-normalised (DeepSeek-V3.2-Exp, ``inference/model.py``). The Hadamard rotation of the
+    original is orthogonal and changes no product; it is left to caches that quantise.
+
+    Args:
+        rope_interleave: whether pairs of neighbours are rotated (GLM-5), or halves (DeepSeek-V3.2).
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class LightningIndexer(nn.Module):
         head_dim: int,
         rope_dim: int,
         topk: int,
+        rope_interleave: bool = False,
     ) -> None:
         super().__init__()
         self.wq_b = linear(context, [f"{name}.wq_b"], q_lora_rank, num_heads * head_dim)
@@ -102,6 +105,7 @@ class LightningIndexer(nn.Module):
         self.head_dim = head_dim
         self.rope_dim = rope_dim
         self.topk = topk
+        self.rope_interleave = rope_interleave
 
     def forward(
         self, hidden_TH: torch.Tensor, query_latent_TQ: torch.Tensor, rotation: Rotation
@@ -112,7 +116,8 @@ class LightningIndexer(nn.Module):
         # The key is rotated as one more head.
         both_TMD = torch.cat([query_TND, key_TD.unsqueeze(1)], dim=1)
         rope, rest = both_TMD.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
-        both_TMD = torch.cat([rotation.halves(rope), rest], dim=-1)
+        rotate = rotation.interleaved if self.rope_interleave else rotation.halves
+        both_TMD = torch.cat([rotate(rope), rest], dim=-1)
         scale = float(self.num_heads * self.head_dim) ** -0.5
         return IndexProjections(
             query=both_TMD[:, :-1],
@@ -128,9 +133,11 @@ class MLAttention(nn.Module):
     Args:
         layer: index of the layer in the cache.
         shape: sizes.
-        indexer: the lightning indexer, or None for attention to every key.
+        indexer: the lightning indexer, or None.
         context: where the model is built.
         name: dotted name in the checkpoint.
+        shares_keys: whether to attend to the keys that the nearest earlier layer with an indexer
+            picked; without either, to every key.
     """
 
     def __init__(
@@ -140,9 +147,13 @@ class MLAttention(nn.Module):
         indexer: LightningIndexer | None,
         context: LayerContext,
         name: str,
+        *,
+        shares_keys: bool = False,
     ) -> None:
         super().__init__()
+        assert not (shares_keys and indexer is not None)
         self.layer = layer
+        self.shares_keys = shares_keys
         self.shape = shape
         hidden, heads, bias = shape.hidden_size, shape.num_attention_heads, shape.attention_bias
         head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim

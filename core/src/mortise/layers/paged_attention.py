@@ -149,6 +149,9 @@ class PagedAttention:
         self.metadata = self._plan() if self._is_sparse else None
         self.spans = layout.row_spans() if self._is_sparse else ()
         self._every_key: KeyRows | None = None
+        # The latest choice of an indexer, which later layers may share, and its rows once needed.
+        self._chosen_TK: torch.Tensor | None = None
+        self._chosen_rows: KeyRows | None = None
 
     @property
     def positions(self) -> torch.Tensor:
@@ -178,17 +181,19 @@ class PagedAttention:
         _write(pool.latents(layer), self.slots_T, projections.latent)
         if projections.index is not None:
             pool.index_keys.write(layer, self.slots_T, projections.index.key)
-        chosen_TK = self._choose(layer, projections.index)
+        if not attention.shares_keys:
+            self._chosen_TK = self._choose(layer, projections.index)
+            self._chosen_rows = None
         match self.layout.mode:
             case ForwardMode.PREFILL:
-                return self._expanded(attention, projections, chosen_TK)
+                return self._expanded(attention, projections, self._chosen_TK)
             case (
                 ForwardMode.DECODE
                 | ForwardMode.IDLE
                 | ForwardMode.TARGET_VERIFY
                 | ForwardMode.DRAFT_EXTEND
             ):
-                return self._absorbed(attention, projections, self._key_rows(chosen_TK))
+                return self._absorbed(attention, projections, self._key_rows())
             case _:
                 assert_never(self.layout.mode)
 
@@ -209,10 +214,14 @@ class PagedAttention:
             logits_TC[:, : self.max_context_len], self.visible_T, self.index_topk, self.spans
         )
 
-    def _key_rows(self, chosen_TK: torch.Tensor | None) -> KeyRows:
+    def _key_rows(self) -> KeyRows:
         """Rows of the chosen positions, or of all, which are the same for every layer."""
+        chosen_TK = self._chosen_TK
         if chosen_TK is not None:
-            return KeyRows(self._slots(chosen_TK.clamp(min=0)), self._bias(chosen_TK < 0))
+            if self._chosen_rows is None:
+                slots_TK = self._slots(chosen_TK.clamp(min=0))
+                self._chosen_rows = KeyRows(slots_TK, self._bias(chosen_TK < 0))
+            return self._chosen_rows
         if self._every_key is None:
             everything = torch.arange(self.max_context_len, device=self._positions_T.device)
             own_TC = torch.minimum(everything, self._positions_T.unsqueeze(1))

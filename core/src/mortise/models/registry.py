@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING
 from mortise.errors import UnknownArchitectureError
 from mortise.models.deepseek_v32.family import DeepseekV32Family
 from mortise.models.glm4_moe.family import Glm4MoeFamily
+from mortise.models.glm_moe_dsa.family import GlmMoeDsaFamily
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mortise.models.family import ModelFamily
 
-FAMILIES: tuple[ModelFamily, ...] = (DeepseekV32Family(), Glm4MoeFamily())
+FAMILIES: tuple[ModelFamily, ...] = (
+    DeepseekV32Family(),
+    Glm4MoeFamily(),
+    GlmMoeDsaFamily(),
+)
 
 
 def family_of(raw: Mapping[str, object]) -> ModelFamily:

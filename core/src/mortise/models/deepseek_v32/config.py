@@ -1,8 +1,8 @@
-"""What ``config.json`` says of a DeepSeek-V3 or DeepSeek-V3.2 model, checked."""
+"""What ``config.json`` says of a DeepSeek-V3 or DeepSeek-V3.2 model, or a relative, checked."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -14,16 +14,25 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class DeepseekV32Config(BaseModel):
-    """The fields the model is built from; names as published, unknown ones ignored.
+LATENT_NORM_EPS: Final = 1e-6
+"""Epsilon of the norms of both latents, whatever ``rms_norm_eps`` says.
 
-    Both spellings of the rotary fields are read: the hub's ``rope_theta`` with ``rope_scaling`` and
-    transformers 5's ``rope_parameters``. ``index_*`` are None for DeepSeek-V3.
+So in transformers' models and in the authors' own code (``inference/model.py``). Engines that read
+``rms_norm_eps`` here compute the same only where it is 1e-6, as DeepSeek published it.
+"""
+
+
+class LatentMoEConfig(BaseModel):
+    """The fields that latent attention and experts are built from, in every family that has both.
+
+    Names are as published, unknown ones are ignored. Both spellings of the rotary fields are read:
+    the hub's ``rope_theta`` with ``rope_scaling`` and transformers 5's ``rope_parameters``.
+    ``index_*`` are None where attention has no indexer.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    model_type: Literal["deepseek_v3", "deepseek_v32"]
+    model_type: str
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt
@@ -63,6 +72,7 @@ class DeepseekV32Config(BaseModel):
     index_n_heads: PositiveInt | None = None
     index_head_dim: PositiveInt | None = None
     index_topk: PositiveInt | None = None
+    indexer_rope_interleave: bool = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, object]) -> Self:
@@ -71,14 +81,10 @@ class DeepseekV32Config(BaseModel):
         Raises:
             ModelConfigError: a field is missing, of the wrong type, or contradicts another.
         """
-        fields = dict(raw)
+        fields = {**cls.fields_of(raw), **_rope_fields(raw)}
         fields.setdefault("torch_dtype", raw.get("dtype"))
-        if raw.get("model_type") == "deepseek_v3":
-            for name in ("index_n_heads", "index_head_dim", "index_topk"):
-                fields.pop(name, None)
-        fields["first_k_dense_replace"] = _num_dense_layers(raw)
         try:
-            return cls.model_validate({**fields, **_rope_fields(raw)})
+            return cls.model_validate(fields)
         except ValidationError as error:
             raise ModelConfigError(
                 f"config.json does not describe a {raw.get('model_type')} model",
@@ -89,6 +95,11 @@ class DeepseekV32Config(BaseModel):
                 ],
                 remedy="take config.json from the published model, unedited",
             ) from None
+
+    @classmethod
+    def fields_of(cls, raw: Mapping[str, object]) -> dict[str, object]:
+        """The fields of this class, where ``config.json`` spells them in more than one way."""
+        return dict(raw)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -111,20 +122,23 @@ class DeepseekV32Config(BaseModel):
             raise ValueError("factor and original_max_position_embeddings of YaRN must be positive")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd")
-        if self.model_type == "deepseek_v32":
-            if None in (self.index_n_heads, self.index_head_dim, self.index_topk):
-                raise ValueError("deepseek_v32 needs index_n_heads, index_head_dim and index_topk")
-            if self.q_lora_rank is None:
-                raise ValueError("the indexer reads the latent query: q_lora_rank must be set")
-            assert self.index_head_dim is not None
-            if self.index_head_dim < self.qk_rope_head_dim:
-                raise ValueError("index_head_dim is less than qk_rope_head_dim")
+        if self.index_head_dim is not None and self.index_head_dim < self.qk_rope_head_dim:
+            raise ValueError("index_head_dim is less than qk_rope_head_dim")
         return self
 
     @property
     def has_indexer(self) -> bool:
-        """Whether attention is sparse (DeepSeek-V3.2)."""
+        """Whether attention is sparse."""
         return self.index_topk is not None
+
+    @property
+    def sharing_layers(self) -> frozenset[int]:
+        """The layers that attend to the keys which an earlier layer's indexer picked."""
+        return frozenset()
+
+    def has_own_indexer(self, layer: int) -> bool:
+        """Whether a layer picks its keys itself."""
+        return self.has_indexer and layer not in self.sharing_layers
 
     @property
     def latent_dim(self) -> int:
@@ -153,11 +167,35 @@ class DeepseekV32Config(BaseModel):
             qk_nope_head_dim=self.qk_nope_head_dim,
             qk_rope_head_dim=self.qk_rope_head_dim,
             v_head_dim=self.v_head_dim,
-            rms_norm_eps=self.rms_norm_eps,
+            rms_norm_eps=LATENT_NORM_EPS,
             attention_bias=self.attention_bias,
             rope_interleave=self.rope_interleave,
             softmax_scale=scale * (self.yarn.softmax_scale if self.yarn else 1.0),
         )
+
+
+class DeepseekV32Config(LatentMoEConfig):
+    """DeepSeek-V3.2, and DeepSeek-V3, whose ``index_*`` are None."""
+
+    model_type: Literal["deepseek_v3", "deepseek_v32"]
+
+    @classmethod
+    def fields_of(cls, raw: Mapping[str, object]) -> dict[str, object]:
+        """See :meth:`LatentMoEConfig.fields_of`."""
+        fields = {**raw, "first_k_dense_replace": _num_dense_layers(raw)}
+        if raw.get("model_type") == "deepseek_v3":
+            for name in ("index_n_heads", "index_head_dim", "index_topk"):
+                fields.pop(name, None)
+        return fields
+
+    @model_validator(mode="after")
+    def _indexer_is_whole(self) -> Self:
+        if self.model_type == "deepseek_v32":
+            if None in (self.index_n_heads, self.index_head_dim, self.index_topk):
+                raise ValueError("deepseek_v32 needs index_n_heads, index_head_dim and index_topk")
+            if self.q_lora_rank is None:
+                raise ValueError("the indexer reads the latent query: q_lora_rank must be set")
+        return self
 
 
 def _num_dense_layers(raw: Mapping[str, object]) -> object:
@@ -188,6 +226,11 @@ def _rope_fields(raw: Mapping[str, object]) -> dict[str, object]:
         return {"rope_theta": theta, "yarn": None}
     if kind != "yarn":
         raise ModelConfigError(f"rope_scaling type {kind!r}", expected='"default" or "yarn"')
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelConfigError(
+            f"partial_rotary_factor {scaling['partial_rotary_factor']!r} beside YaRN",
+            expected="none: qk_rope_head_dim says what is rotated",
+        )
     names = YarnScaling.__dataclass_fields__
     yarn = {name: value for name, value in scaling.items() if name in names and value is not None}
     original, whole = (

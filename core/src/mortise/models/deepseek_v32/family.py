@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mortise.models.deepseek_v32 import weights
-from mortise.models.deepseek_v32.config import DeepseekV32Config
+from mortise.models.deepseek_v32.config import DeepseekV32Config, LatentMoEConfig
 from mortise.models.deepseek_v32.model import DeepseekV32ForCausalLM
 from mortise.models.family import ModelFacts
 
@@ -19,15 +19,20 @@ if TYPE_CHECKING:
 
 
 class DeepseekV32Family:
-    """Reads ``model_type`` ``deepseek_v3`` and ``deepseek_v32``."""
+    """Reads ``model_type`` ``deepseek_v3`` and ``deepseek_v32``.
+
+    Attributes:
+        config_class: reads ``config.json``; all else of the family follows from it.
+    """
 
     __slots__ = ()
 
-    model_types = ("deepseek_v3", "deepseek_v32")
+    model_types: tuple[str, ...] = ("deepseek_v3", "deepseek_v32")
+    config_class: type[LatentMoEConfig] = DeepseekV32Config
 
     def facts(self, raw: Mapping[str, object]) -> ModelFacts:
         """See :class:`~mortise.models.family.ModelFamily`."""
-        config = DeepseekV32Config.from_dict(raw)
+        config = self.config_class.from_dict(raw)
         return ModelFacts(
             architecture=config.model_type,
             vocab_size=config.vocab_size,
@@ -43,7 +48,7 @@ class DeepseekV32Family:
 
     def build(self, raw: Mapping[str, object], context: LayerContext) -> CausalLM:
         """See :class:`~mortise.models.family.ModelFamily`."""
-        return DeepseekV32ForCausalLM(DeepseekV32Config.from_dict(raw), context)
+        return DeepseekV32ForCausalLM(self.config_class.from_dict(raw), context)
 
     def placements(self, model: CausalLM) -> Iterable[Placement]:
         """See :class:`~mortise.models.family.ModelFamily`."""
@@ -52,4 +57,4 @@ class DeepseekV32Family:
 
     def skips(self, raw: Mapping[str, object], group: ExpertParallelGroup) -> tuple[Skip, ...]:
         """See :class:`~mortise.models.family.ModelFamily`."""
-        return weights.skips(DeepseekV32Config.from_dict(raw), group)
+        return weights.skips(self.config_class.from_dict(raw), group)

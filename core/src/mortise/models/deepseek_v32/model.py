@@ -22,7 +22,7 @@ from mortise.spec.dispatch import DispatchMode
 if TYPE_CHECKING:
     from mortise.layers.context import LayerContext
     from mortise.layers.paged_attention import BatchLayout
-    from mortise.models.deepseek_v32.config import DeepseekV32Config
+    from mortise.models.deepseek_v32.config import LatentMoEConfig
     from mortise.models.family import CachePool, PagedPass
     from mortise.spec.dispatch import DispatchDecision
 
@@ -34,7 +34,7 @@ class DecoderLayer(nn.Module):
         index: place of the layer in the checkpoint's numbering and in the cache.
     """
 
-    def __init__(self, config: DeepseekV32Config, index: int, context: LayerContext) -> None:
+    def __init__(self, config: LatentMoEConfig, index: int, context: LayerContext) -> None:
         super().__init__()
         name = f"model.layers.{index}"
         self.schemes = context.schemes
@@ -42,9 +42,10 @@ class DecoderLayer(nn.Module):
         self.self_attn = MLAttention(
             index,
             config.mla_shape(),
-            _indexer(config, context, f"{name}.self_attn.indexer"),
+            _indexer(config, index, context, f"{name}.self_attn.indexer"),
             context,
             f"{name}.self_attn",
+            shares_keys=index in config.sharing_layers,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: SwiGLU | MoELayer
@@ -74,7 +75,7 @@ class DecoderLayer(nn.Module):
 class DeepseekV32Model(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(self, config: DeepseekV32Config, context: LayerContext) -> None:
+    def __init__(self, config: LatentMoEConfig, context: LayerContext) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(
             config.vocab_size,
@@ -112,7 +113,7 @@ class DeepseekV32ForCausalLM(nn.Module):
         context: hooks, stored schemes, and the other surroundings of this role.
     """
 
-    def __init__(self, config: DeepseekV32Config, context: LayerContext) -> None:
+    def __init__(self, config: LatentMoEConfig, context: LayerContext) -> None:
         super().__init__()
         self.config = config
         self.context = context
@@ -135,6 +136,11 @@ class DeepseekV32ForCausalLM(nn.Module):
             num_pages=num_pages,
             latent_dim=self.config.latent_dim,
             index_dim=self.config.index_head_dim,
+            index_layers=[
+                layer
+                for layer in range(self.config.num_hidden_layers)
+                if self.config.has_own_indexer(layer)
+            ],
             dtype=dtype,
             device=device,
             index_key_dtype=self.context.index_key_dtype,
@@ -170,7 +176,7 @@ class DeepseekV32ForCausalLM(nn.Module):
         return F.linear(hidden_TH, head.weight).float()
 
 
-def rotary_embedding(config: DeepseekV32Config) -> RotaryEmbedding:
+def rotary_embedding(config: LatentMoEConfig) -> RotaryEmbedding:
     """The rotations that attention and indexer share."""
     with torch.device("cpu"):
         return RotaryEmbedding(
@@ -179,9 +185,9 @@ def rotary_embedding(config: DeepseekV32Config) -> RotaryEmbedding:
 
 
 def _indexer(
-    config: DeepseekV32Config, context: LayerContext, name: str
+    config: LatentMoEConfig, layer: int, context: LayerContext, name: str
 ) -> LightningIndexer | None:
-    if not config.has_indexer:
+    if not config.has_own_indexer(layer):
         return None
     assert config.q_lora_rank and config.index_n_heads
     assert config.index_head_dim and config.index_topk
@@ -194,10 +200,11 @@ def _indexer(
         head_dim=config.index_head_dim,
         rope_dim=config.qk_rope_head_dim,
         topk=config.index_topk,
+        rope_interleave=config.indexer_rope_interleave,
     )
 
 
-def _moe(config: DeepseekV32Config, name: str, context: LayerContext) -> MoELayer:
+def _moe(config: LatentMoEConfig, name: str, context: LayerContext) -> MoELayer:
     shared_size = config.moe_intermediate_size * config.n_shared_experts
     return MoELayer(
         context,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mortise.layers.context import LayerContext
     from mortise.layers.mla import Attend
     from mortise.layers.rotary import Rotation
-    from mortise.models.deepseek_v32.config import DeepseekV32Config
+    from mortise.models.deepseek_v32.config import LatentMoEConfig
 
 
 class DeepseekV32MTP(nn.Module):
@@ -29,7 +29,7 @@ class DeepseekV32MTP(nn.Module):
         index: layer number in the checkpoint, ``num_hidden_layers`` and up.
     """
 
-    def __init__(self, config: DeepseekV32Config, index: int, context: LayerContext) -> None:
+    def __init__(self, config: LatentMoEConfig, index: int, context: LayerContext) -> None:
         super().__init__()
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden_size, eps)

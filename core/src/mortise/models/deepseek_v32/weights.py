@@ -10,13 +10,14 @@ from mortise.checkpoint.placement import Placement, Skip
 from mortise.layers.linear import Projection, projection_placements
 from mortise.layers.moe import MoELayer
 from mortise.layers.norm import RMSNorm
+from mortise.layers.router import GroupedSigmoidRouter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mortise.checkpoint.quantization.module_scheme import SchemeLookup
     from mortise.layers.mla import MLAttention
-    from mortise.models.deepseek_v32.config import DeepseekV32Config
+    from mortise.models.deepseek_v32.config import LatentMoEConfig
     from mortise.models.deepseek_v32.model import DecoderLayer, DeepseekV32ForCausalLM
     from mortise.models.deepseek_v32.mtp import DeepseekV32MTP
     from mortise.parallel.group import ExpertParallelGroup
@@ -42,7 +43,7 @@ def mtp_placements(mtp: DeepseekV32MTP, index: int) -> Iterator[Placement]:
     yield from layer_placements(prefix, mtp.layer)
 
 
-def skips(config: DeepseekV32Config, group: ExpertParallelGroup) -> tuple[Skip, ...]:
+def skips(config: LatentMoEConfig, group: ExpertParallelGroup) -> tuple[Skip, ...]:
     """Tensors that a checkpoint may hold and the main model on this rank does not need."""
     first, count = config.num_hidden_layers, config.num_nextn_predict_layers
     declared = [
@@ -93,6 +94,7 @@ def _attention_placements(
 
 
 def _moe_placements(prefix: str, moe: MoELayer) -> Iterator[Placement]:
+    assert isinstance(moe.gate, GroupedSigmoidRouter)
     yield Placement(f"{prefix}.gate.weight", moe.gate.weight)
     yield Placement(f"{prefix}.gate.e_score_correction_bias", moe.gate.e_score_correction_bias)
     yield from moe.experts.placements()
