@@ -38,6 +38,11 @@ TOKENS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(1)
 MODELS: dict[str, dict[str, Any]] = {
     "v3, experts": {"model_type": "deepseek_v3", "first_k_dense_replace": 0},
     "v32, dense": {"index_topk": 512, "first_k_dense_replace": 1},
+    "glm, experts": {
+        "model_type": "glm_moe_dsa",
+        "index_topk": 512,
+        "first_k_dense_replace": 0,
+    },
     "glm4, experts": {"model_type": "glm4_moe", "first_k_dense_replace": 0},
 }
 
