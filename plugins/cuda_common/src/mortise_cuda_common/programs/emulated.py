@@ -10,7 +10,7 @@ import torch
 from mortise_cuda_common.programs import blocks, dtypes
 from mortise_cuda_common.programs.base import Programs
 from mortise_cuda_common.programs.language import Language
-from mortise_cuda_common.programs.memory import Pointer
+from mortise_cuda_common.programs.pointers import Pointer
 from mortise_cuda_common.programs.scalars import Int32, Int64
 from mortise_cuda_common.programs.together import Writes, run_together
 from mortise_cuda_common.programs.values import Value

@@ -1,4 +1,4 @@
-"""Memory of running programs: pointers into tensors, and what reads and writes through them."""
+"""What running programs read and write through their pointers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from mortise_cuda_common.programs import dtypes
-from mortise_cuda_common.programs.apart import Apart
 from mortise_cuda_common.programs.dtypes import Form
-from mortise_cuda_common.programs.integers import Integers
 from mortise_cuda_common.programs.values import (
     Value,
     aligned,
@@ -25,114 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mortise_cuda_common.programs.dtypes import Dtype
+    from mortise_cuda_common.programs.pointers import Pointer
     from mortise_cuda_common.programs.together import Writes
-
-MOST_LANES: Final = 2**20
-"""Addresses of one block of programs that run at once, so that blocks stay near the processor."""
-
-
-class PointerType:
-    """The type of a pointer.
-
-    Attributes:
-        element_ty: the format of what it points to.
-    """
-
-    __slots__ = ("element_ty",)
-
-    def __init__(self, element_ty: Dtype) -> None:
-        self.element_ty = element_ty
-
-    def is_ptr(self) -> bool:
-        """It is."""
-        return True
-
-
-class Pointer:
-    """Addresses in the memory of one tensor, counted in its numbers; nothing changes it.
-
-    Attributes:
-        memory: bits of everything from the tensor's first number up to its last one.
-        element: the format of the numbers.
-        base: what all addresses have in common.
-        offsets: int64 ``[P, *block]``, one for each lane of each program, P being 1 where all
-            have the same; None is a single address that all have.
-    """
-
-    __slots__ = ("base", "element", "memory", "offsets")
-
-    def __init__(
-        self, memory: torch.Tensor, element: Dtype, base: int = 0, offsets: Any = None
-    ) -> None:
-        self.memory = memory
-        self.element = element
-        self.base = base
-        self.offsets = offsets
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Pointer:
-        """To the first number of a tensor."""
-        element = dtypes.OF_TORCH[tensor.dtype]
-        extent = 0
-        if tensor.numel():
-            reach = zip(tensor.shape, tensor.stride(), strict=True)
-            extent = 1 + sum((size - 1) * stride for size, stride in reach)
-        flat = tensor.detach().as_strided((extent,), (1,))
-        return cls(flat.view(dtypes.RAW[element.bits // 8]), element)
-
-    @property
-    def dtype(self) -> PointerType:
-        """Its type."""
-        return PointerType(self.element)
-
-    @property
-    def shape(self) -> list[int]:
-        """Addresses along each dimension."""
-        return [] if self.offsets is None else list(self.offsets.shape[1:])
-
-    def __add__(self, further: Any) -> Pointer:
-        if isinstance(further, (Value, Integers)):
-            if further.dtype.form is Form.FLOAT:
-                raise TypeError("an address plus a floating-point number is none")
-            data = further.data
-            offsets = data if data.dtype is torch.int64 else data.to(torch.int64)
-            if self.offsets is not None:
-                offsets = torch.add(*aligned(self.offsets, offsets))
-            _check_lanes(offsets)
-            return Pointer(self.memory, self.element, self.base, offsets)
-        return Pointer(self.memory, self.element, self.base + int(further), self.offsets)
-
-    __radd__ = __add__
-
-    def __sub__(self, further: Any) -> Pointer:
-        pointer: Pointer = self + -further
-        return pointer
-
-    def __getitem__(self, key: Any) -> Pointer:
-        if self.offsets is None:
-            raise IndexError("a single address has no dimensions")
-        places = key if isinstance(key, tuple) else (key,)
-        offsets = self.offsets[(slice(None), *places)]
-        return Pointer(self.memory, self.element, self.base, offsets)
-
-    def lanes(self) -> torch.Tensor:
-        """The address of each lane, ``[P, *block]``."""
-        if self.offsets is None:
-            return torch.tensor([self.base])
-        lanes: torch.Tensor = self.offsets + self.base if self.base else self.offsets
-        return lanes
-
-
-def _check_lanes(offsets: torch.Tensor) -> None:
-    """Have fewer programs go on together where they have too many addresses.
-
-    Raises:
-        Apart: they have.
-    """
-    programs = offsets.shape[0]
-    if programs > 1 and offsets.numel() > MOST_LANES:
-        fewer = max(1, programs * MOST_LANES // offsets.numel())
-        raise Apart([place // fewer for place in range(programs)])
 
 
 class Memory:
@@ -214,20 +106,16 @@ def _raw_for(element: Dtype, value: Any) -> torch.Tensor:
 
 
 def _load_block(pointer: Pointer, there: torch.Tensor | None, other: Any) -> Any:
-    element, memory = pointer.element, pointer.memory
-    offsets = pointer.lanes()
-    if there is None:
-        return result(from_raw(_gathered(memory, offsets), element), element)
-    offsets, there = torch.broadcast_tensors(*aligned(offsets, there))
-    if not memory.numel():
-        raw = torch.zeros(offsets.shape, dtype=memory.dtype)
-        _refuse(bool(there.any()), pointer)
-    else:
-        raw = _gathered(memory, torch.where(there, offsets, 0))
-    filling = _filling(element, other)
-    if isinstance(filling, torch.Tensor):
-        _, filling = aligned(raw, filling)
-    raw = torch.where(there, raw, filling)
+    element = pointer.element
+    raw = _gathered(pointer, there)
+    if there is not None:
+        raw, there = aligned(raw, there)
+        filling = _filling(element, other)
+        if isinstance(filling, torch.Tensor):
+            raw, filling = aligned(raw, filling)
+        # Of whole numbers a product with truths is many times as fast as a choice.
+        is_zero = not isinstance(filling, torch.Tensor) and filling == 0
+        raw = raw * there if is_zero else torch.where(there, raw, filling)
     return result(from_raw(raw, element), element)
 
 
@@ -252,11 +140,29 @@ def _filling(element: Dtype, other: Any) -> Any:
     return to_raw(plain_value(cast(plain_value(other), element)))
 
 
-def _gathered(memory: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _gathered(pointer: Pointer, there: torch.Tensor | None) -> torch.Tensor:
+    """Bits of every lane; any where nothing is."""
+    memory, base = pointer.memory, pointer.base
+    if pointer.offsets is not None and 0 <= base < memory.shape[0]:
+        try:
+            return _selected(memory[base:], pointer.offsets)
+        except (IndexError, RuntimeError):
+            # A lane lies outside of what is behind the base: it may be masked off, or before it.
+            pass
+    lanes = pointer.lanes()
+    if there is not None:
+        lanes, there = torch.broadcast_tensors(*aligned(lanes, there))
+        if not memory.numel() and not bool(there.any()):
+            return torch.zeros(lanes.shape, dtype=memory.dtype)
+        lanes = lanes * there
     try:
-        return torch.index_select(memory, 0, offsets.reshape(-1)).view(offsets.shape)
+        return _selected(memory, lanes)
     except (IndexError, RuntimeError) as refused:
         raise IndexError(_OUTSIDE.format(memory.shape[0])) from refused
+
+
+def _selected(memory: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return torch.index_select(memory, 0, offsets.reshape(-1)).view(offsets.shape)
 
 
 def _load_one(pointer: Pointer, mask: Any, other: Any) -> Any:
@@ -283,7 +189,8 @@ def _lanes_to_write(
         offsets, raw = offsets.reshape(-1), raw.reshape(-1)
     else:
         there = _as_wide(there, wide)
-        offsets, raw = offsets[there], raw[there]
+        lanes = there.reshape(-1).nonzero().view(-1)
+        offsets, raw = (one.reshape(-1).index_select(0, lanes) for one in (offsets, raw))
     if offsets.numel():
         least, most = torch.aminmax(offsets)
         _refuse(int(least) < 0 or int(most) >= pointer.memory.shape[0], pointer)

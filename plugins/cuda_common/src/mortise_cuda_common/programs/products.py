@@ -9,7 +9,7 @@ import torch
 
 from mortise_cuda_common.programs import dtypes
 from mortise_cuda_common.programs.dtypes import Form
-from mortise_cuda_common.programs.values import Value
+from mortise_cuda_common.programs.values import Value, as_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +45,7 @@ def dot(
     if one.dtype.form is not Form.FLOAT:
         product = (one.data.to(torch.float64) @ other.data.to(torch.float64)).to(torch.int32)
         return Value(product if acc is None else acc.data + product, dtypes.int32)
-    left, right = one.data.to(torch.float32), other.data.to(torch.float32)
+    left, right = as_float32(one.data), as_float32(other.data)
     if (
         one.dtype is dtypes.float32
         and allow_tf32 is not False
@@ -135,15 +135,20 @@ def _decoded(block: Value, name: str, *, packed_rows: bool) -> torch.Tensor:
         data = (
             block.data.contiguous().view(expected.kept_as) if block.dtype.bits == 8 else block.data
         )
-        return data.to(torch.float32)
+        return as_float32(data)
     if block.dtype not in {dtypes.uint8, dtypes.int8}:
         raise TypeError(f"e2m1 is packed in uint8, not in {block.dtype}")
-    codes = block.data.contiguous().view(torch.uint8).to(torch.int32)
+    codes = block.data.contiguous().view(torch.uint8)
+    pairs = _pairs().index_select(0, codes.reshape(-1).to(torch.int32)).view(torch.float32)
+    numbers = pairs.view(*codes.shape, 2)
+    return numbers.mT.flatten(-3, -2) if packed_rows else numbers.flatten(-2)
+
+
+def _pairs() -> torch.Tensor:
+    """The two e2m1 of every byte, the low half first, side by side in 64 bits each."""
     table = torch.tensor([*_E2M1, *(-one for one in _E2M1)])
-    low, high = table[codes & 15], table[codes >> 4]
-    if packed_rows:
-        return torch.stack((low, high), dim=-2).flatten(-3, -2)
-    return torch.stack((low, high), dim=-1).flatten(-2)
+    codes = torch.arange(256)
+    return torch.stack((table[codes & 15], table[codes >> 4]), dim=-1).view(torch.int64).flatten()
 
 
 def _scaled(numbers: torch.Tensor, scale: Value | None) -> torch.Tensor:
@@ -156,7 +161,7 @@ def _scaled(numbers: torch.Tensor, scale: Value | None) -> torch.Tensor:
             f"scales of {scale.dtype} for {list(numbers.shape[1:])} are one for {group} numbers, "
             f"not {scale.shape}"
         )
-    factors = scale.data.to(torch.float32) if is_e4m3 else _powers_of_two(scale)
+    factors = as_float32(scale.data) if is_e4m3 else _powers_of_two(scale)
     blocks = numbers.reshape(*numbers.shape[:-1], -1, group)
     return (blocks * factors.unsqueeze(-1)).flatten(-2)
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mortise_cuda_common.programs.dtypes import Dtype
 
 MOST_E4M3: Final = 448.0
+FEW_NUMBERS: Final = 4096
+"""Fewer than this are cast by torch: a table has 256."""
 
 
 class Value:
@@ -368,14 +370,31 @@ def cast(value: Value, dtype: Dtype) -> Any:
         return _cast_of_integers(value, dtype)
     data = value.data
     if dtype is dtypes.float8e4nv and data.numel():
-        # NaN is not more than anything, and stays what it is.
-        sizes = data.to(torch.float32).abs()
-        if bool((sizes > MOST_E4M3).any()):
-            most = float(torch.nan_to_num(sizes, nan=0.0).max())
-            raise ValueError(f"{most} is more than 448, the most that e4m3 holds: limit it")
+        _check_e4m3(data)
     if dtype.is_float8 and data.dtype is not torch.float32:
         data = data.to(torch.float32)
+    if dtype is dtypes.float32:
+        return Value(as_float32(data), dtype)
     return Value(data.to(dtype.kept_as), dtype)
+
+
+def _check_e4m3(data: torch.Tensor) -> None:
+    least, most = (float(one) for one in torch.aminmax(data))
+    if least >= -MOST_E4M3 and most <= MOST_E4M3:
+        return
+    # NaN is not more than anything, and stays what it is.
+    size = float(torch.nan_to_num(data.to(torch.float32), nan=0.0).abs().max())
+    if size > MOST_E4M3:
+        raise ValueError(f"{size} is more than 448, the most that e4m3 holds: limit it")
+
+
+def as_float32(numbers: torch.Tensor) -> torch.Tensor:
+    """Floating-point numbers in float32; of many e4m3 by a table, which torch's own cast is not."""
+    if numbers.dtype is not torch.float8_e4m3fn or numbers.numel() < FEW_NUMBERS:
+        return numbers.to(torch.float32)
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    codes = numbers.contiguous().view(torch.uint8).reshape(-1)
+    return table.index_select(0, codes.to(torch.int32)).view(numbers.shape)
 
 
 def _cast_of_integers(value: Value, dtype: Dtype) -> Any:
