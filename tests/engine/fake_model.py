@@ -1,8 +1,9 @@
 """A model without weights whose next token depends on every cached token before it.
 
 It keeps token ids in the pages that it is given and reads them back through the page table, so a
-page that is lost, shared or left in the wrong order changes what is generated. ``expected_tokens``
-says what must come out, without pages.
+page that is lost, shared or left in the wrong order changes what is generated. It also keeps the
+tokens of each request in the slot that it is given, as a recurrent layer does what it remembers,
+and compares. ``expected_tokens`` says what must come out, without pages.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
 
 @dataclass
 class FakePool:
-    """Pages of token ids; -1 where nothing was written."""
+    """Pages of token ids; -1 where nothing was written. The tokens so far of each slot."""
 
     num_pages: int
     num_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.rows = torch.full((self.num_pages * PAGE_SIZE,), -1)
+        self.slots: dict[int, list[int]] = {}
 
 
 @dataclass
@@ -76,7 +78,9 @@ class FakeModel:
     def finish_loading(self) -> dict:
         return {}
 
-    def new_pool(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> FakePool:
+    def new_pool(
+        self, num_pages: int, dtype: torch.dtype, device: torch.device, num_slots: int = 0
+    ) -> FakePool:
         return FakePool(num_pages)
 
     def new_pass(self, pool: FakePool, layout: BatchLayout) -> FakePass:
@@ -95,16 +99,26 @@ class FakeModel:
         ):
             slots = self._slots(layout, request, range(context - query_len, context))
             rows[slots] = token_ids_T[starts[request] : starts[request + 1]]
+            self._remember(paged_pass.pool, layout, request, rows[slots].tolist())
         answers = []
         for request, (query_len, context) in enumerate(
             zip(layout.query_lens, layout.context_lens, strict=True)
         ):
             seen = rows[self._slots(layout, request, range(context))].tolist()
             assert -1 not in seen, "a row was read before it was written"
+            assert seen == paged_pass.pool.slots[layout.state_slots[request]]
             answers += [
                 next_token(seen[: position + 1]) for position in range(context - query_len, context)
             ]
         return torch.tensor(answers).unsqueeze(1)
+
+    @staticmethod
+    def _remember(pool: FakePool, layout: BatchLayout, request: int, new: list[int]) -> None:
+        """Add new tokens to those of a request's slot; the first ones begin it."""
+        assert len(set(layout.state_slots)) == len(layout.query_lens), "a slot is shared or missing"
+        slot = layout.state_slots[request]
+        begins = layout.context_lens[request] == len(new)
+        pool.slots[slot] = new if begins else [*pool.slots[slot], *new]
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.one_hot(hidden_TH.squeeze(1), VOCABULARY).float()

@@ -90,6 +90,8 @@ def test_every_request_gets_exactly_its_own_tokens(
         if layout.mode is ForwardMode.PREFILL:
             assert sum(layout.query_lens) <= max_num_batched_tokens
     assert engine._allocator.num_free == num_pages
+    assert engine._slots.num_free == max_num_seqs + 1
+    assert all(set(layout.state_slots) <= set(range(max_num_seqs + 1)) for layout in model.batches)
 
 
 def run_all(engine: Engine, requests: list[Request]) -> None:

@@ -26,7 +26,7 @@ from mortise.spec.warmup import WarmupJob, WarmupRequest
 from mortise.spec.weights import WeightScheme
 from tests.cli.command_line import mortise
 from tests.fixtures import warmup_stories
-from tests.fixtures.paged_models import reference_ops
+from tests.fixtures.paged_models import reference_context
 from tests.fixtures.ranks import Raised, launches, run_ranks
 
 if TYPE_CHECKING:
@@ -242,7 +242,13 @@ def test_different_shapes_of_fused_projections_are_told_once() -> None:
             layout=QKVLayout.CONTIGUOUS,
         )
         return GatedDeltaNet(
-            hidden_size=16, shape=shape, conv_kernel_size=4, rms_norm_eps=1e-6, ops=reference_ops()
+            0,
+            reference_context(),
+            "model.layers.0.linear_attn",
+            hidden_size=16,
+            shape=shape,
+            conv_kernel_size=4,
+            rms_norm_eps=1e-6,
         )
 
     model = torch.nn.ModuleList([layer(2), layer(4), layer(2)])

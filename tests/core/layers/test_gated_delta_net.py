@@ -1,4 +1,4 @@
-"""The gated delta net gives what transformers gives, however a sequence is cut into calls."""
+"""The gated delta net gives what transformers gives, however sequences are cut and batched."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.fixtures.paged_models import reference_ops
+from tests.fixtures.paged_models import CPU, reference_context
 
 from mortise.layers.gated_delta_net import GatedDeltaNet, GatedDeltaState
+from mortise.layers.sequences import Sequences
 from mortise.spec.qkv import QKVLayout, QKVParts, QKVShape
 
 if TYPE_CHECKING:
@@ -21,13 +22,14 @@ HIDDEN = 32
 WIDTH = 4
 EPS = 1e-6
 TOLERANCE = 1e-4
-LENGTHS = (1, 7, 65)
+LENGTHS = (1, 7, 64, 65, 130)
 HEADS: dict[str, tuple[int, int, int, int]] = {
     "one head": (1, 1, 8, 8),
     "as many value heads as key heads": (3, 3, 8, 16),
     "twice as many": (2, 4, 16, 8),
+    "three times as many": (2, 6, 8, 16),
     "four times as many": (2, 8, 8, 12),
-    "four value heads of one key head": (1, 4, 12, 8),
+    "eight value heads of one key head": (1, 8, 12, 8),
 }
 LAYERS = [(layout, heads) for layout in QKVLayout for heads in HEADS]
 
@@ -78,29 +80,36 @@ def construct_theirs(layout: QKVLayout, fields: dict[str, Any]) -> nn.Module:
     return model.Qwen3_5GatedDeltaNet(model.Qwen3_5TextConfig(**fields), layer_idx=0)
 
 
-def fused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Qwen3.5 stores the projections apart; Qwen3-Next stores them as the layer has them."""
-    if "in_proj_qkv.weight" not in weights:
-        return weights
-    pairs = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
-    apart = {f"{name}.weight" for names in pairs.values() for name in names}
-    together = {
-        f"{whole}.weight": torch.cat([weights[f"{name}.weight"] for name in names])
-        for whole, names in pairs.items()
-    }
-    return {name: weight for name, weight in weights.items() if name not in apart} | together
-
-
 def layer_of(shape: QKVShape, weights: dict[str, torch.Tensor]) -> GatedDeltaNet:
     layer = GatedDeltaNet(
+        0,
+        reference_context(),
+        "model.layers.0.linear_attn",
         hidden_size=HIDDEN,
         shape=shape,
         conv_kernel_size=WIDTH,
         rms_norm_eps=EPS,
-        ops=reference_ops(),
     )
-    layer.load_state_dict(fused(weights), strict=True)
+    layer.load_state_dict(weights, strict=True)
     return layer.eval()
+
+
+def new_state(layer: GatedDeltaNet, count: int = 1) -> GatedDeltaState:
+    """Of sequences that have not begun."""
+    shape, weight = layer.shape, layer.conv1d.weight
+    return GatedDeltaState(
+        conv=weight.new_zeros(count, WIDTH - 1, weight.shape[0]),
+        recurrent=torch.zeros(
+            count, shape.num_value_heads, shape.key_head_dim, shape.value_head_dim
+        ),
+    )
+
+
+def advance(
+    layer: GatedDeltaNet, hidden: torch.Tensor, state: GatedDeltaState, *lens: int
+) -> tuple[torch.Tensor, GatedDeltaState]:
+    """One call with sequences of some lengths, or with a single one."""
+    return layer.advance(hidden, Sequences(lens or (len(hidden),), WIDTH, CPU), state)
 
 
 def hidden_of(tokens: int, seed: int = 0) -> torch.Tensor:
@@ -116,9 +125,9 @@ def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 def in_chunks(
     layer: GatedDeltaNet, hidden: torch.Tensor, chunks: Sequence[int]
 ) -> tuple[torch.Tensor, GatedDeltaState]:
-    outputs, state = [], layer.new_state()
+    outputs, state = [], new_state(layer)
     for chunk in hidden.split(list(chunks)):
-        output, state = layer(chunk, state)
+        output, state = advance(layer, chunk, state)
         outputs.append(output)
     return torch.cat(outputs), state
 
@@ -138,7 +147,7 @@ def test_transformers_gives_the_same(layout: QKVLayout, heads: str) -> None:
     for tokens in LENGTHS:
         hidden = hidden_of(tokens)
         expected = theirs(hidden.unsqueeze(0))[0]
-        output, _ = ours(hidden, ours.new_state())
+        output, _ = advance(ours, hidden, new_state(ours))
         assert expected.abs().max() > 100 * TOLERANCE, "too small to differ"
         assert difference(output, expected) < TOLERANCE
 
@@ -151,8 +160,8 @@ def test_a_late_token_remembers_the_first(layout: QKVLayout, heads: str) -> None
     layer = layer_of(shape, their_layer(shape).state_dict())
     hidden, other = hidden_of(8), hidden_of(8)
     other[0] = hidden_of(1, seed=1)
-    output, _ = layer(hidden, layer.new_state())
-    changed, _ = layer(other, layer.new_state())
+    output, _ = advance(layer, hidden, new_state(layer))
+    changed, _ = advance(layer, other, new_state(layer))
     assert difference(changed[-1], output[-1]) > 100 * TOLERANCE
 
 
@@ -162,7 +171,7 @@ def test_a_late_token_remembers_the_first(layout: QKVLayout, heads: str) -> None
 @torch.inference_mode()
 def test_chunks_give_what_the_whole_gives(layer: GatedDeltaNet, chunks: list[int]) -> None:
     hidden = hidden_of(65)
-    expected, expected_state = layer(hidden, layer.new_state())
+    expected, expected_state = advance(layer, hidden, new_state(layer))
     output, state = in_chunks(layer, hidden, chunks)
     assert difference(output, expected) < 1e-5
     assert difference(state.conv, expected_state.conv) < 1e-5
@@ -171,8 +180,8 @@ def test_chunks_give_what_the_whole_gives(layer: GatedDeltaNet, chunks: list[int
 
 @torch.inference_mode()
 def test_no_token_changes_nothing(layer: GatedDeltaNet) -> None:
-    _, before = layer(hidden_of(5), layer.new_state())
-    output, after = layer(hidden_of(0), before)
+    _, before = advance(layer, hidden_of(5), new_state(layer))
+    output, after = advance(layer, hidden_of(0), before)
     assert output.shape == (0, HIDDEN)
     assert torch.equal(after.conv, before.conv)
     assert torch.equal(after.recurrent, before.recurrent)
@@ -181,26 +190,26 @@ def test_no_token_changes_nothing(layer: GatedDeltaNet) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 @torch.inference_mode()
 def test_the_state_that_came_in_stays_as_it_was(layer: GatedDeltaNet, tokens: int) -> None:
-    _, state = layer(hidden_of(5), layer.new_state())
+    _, state = advance(layer, hidden_of(5), new_state(layer))
     kept = GatedDeltaState(conv=state.conv.clone(), recurrent=state.recurrent.clone())
-    first, _ = layer(hidden_of(tokens, seed=1), state)
+    first, _ = advance(layer, hidden_of(tokens, seed=1), state)
     assert torch.equal(state.conv, kept.conv)
     assert torch.equal(state.recurrent, kept.recurrent)
-    assert torch.equal(layer(hidden_of(tokens, seed=1), state)[0], first)
+    assert torch.equal(advance(layer, hidden_of(tokens, seed=1), state)[0], first)
 
 
 @torch.inference_mode()
 def test_the_convolution_keeps_no_more_than_it_needs(layer: GatedDeltaNet) -> None:
-    _, state = layer(hidden_of(65), layer.new_state())
+    _, state = advance(layer, hidden_of(65), new_state(layer))
     assert state.conv.untyped_storage().nbytes() == state.conv.nbytes
 
 
 @torch.inference_mode()
 def test_the_memory_is_float32_in_a_bfloat16_model(layer: GatedDeltaNet) -> None:
     hidden = hidden_of(7)
-    expected, _ = layer(hidden, layer.new_state())
+    expected, _ = advance(layer, hidden, new_state(layer))
     layer.bfloat16()
-    output, state = layer(hidden.bfloat16(), layer.new_state())
+    output, state = advance(layer, hidden.bfloat16(), new_state(layer))
     assert output.dtype == state.conv.dtype == torch.bfloat16
     assert state.recurrent.dtype == torch.float32
     # Eight bits of mantissa through two projections.
@@ -218,6 +227,38 @@ def test_one_call_of_the_hook_per_pass(layer: GatedDeltaNet, tokens: int) -> Non
         return ops.qkv_split(qkvz, ba, shape)
 
     layer.ops = replace(ops, qkv_split=recorded)
-    layer(hidden_of(tokens), layer.new_state())
+    advance(layer, hidden_of(tokens), new_state(layer))
     # Two key heads of 16, four value heads of 8.
     assert calls == [((tokens, 2 * 2 * 16 + 2 * 4 * 8), (tokens, 2 * 4), layer.shape)]
+
+
+@torch.inference_mode()
+def test_sequences_of_any_lengths_read_together_give_what_each_gives_alone(
+    layer: GatedDeltaNet,
+) -> None:
+    lens = (3, 0, 64, 130, 1, 65, 63)
+    states = [advance(layer, hidden_of(1 + n, seed=20 + n), new_state(layer))[1] for n in range(7)]
+    hidden = hidden_of(sum(lens))
+    together = GatedDeltaState(
+        conv=torch.cat([state.conv for state in states]),
+        recurrent=torch.cat([state.recurrent for state in states]),
+    )
+    output, after = advance(layer, hidden, together, *lens)
+    alone = [
+        advance(layer, rows, state) for rows, state in zip(hidden.split(lens), states, strict=True)
+    ]
+    assert difference(output, torch.cat([rows for rows, _ in alone])) < 1e-5
+    assert difference(after.conv, torch.cat([state.conv for _, state in alone])) < 1e-5
+    assert difference(after.recurrent, torch.cat([s.recurrent for _, s in alone])) < 1e-5
+
+
+@torch.inference_mode()
+def test_a_broken_sequence_breaks_no_other(layer: GatedDeltaNet) -> None:
+    hidden = hidden_of(90)
+    expected, _ = advance(layer, hidden, new_state(layer, 3), 10, 5, 75)
+    hidden[10:15] = torch.nan
+    output, state = advance(layer, hidden, new_state(layer, 3), 10, 5, 75)
+    assert output[10:15].isnan().all()
+    assert torch.equal(output[:10], expected[:10])
+    assert torch.equal(output[15:], expected[15:])
+    assert state.recurrent[[0, 2]].isfinite().all()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mortise.engine.events import TokenEvent
 from mortise.engine.healing import Healing, healing_of
-from mortise.engine.limits import check_prompt, new_token_limit
+from mortise.engine.limits import check_prompt, new_token_limit, state_slots
 from mortise.engine.lockstep import Lockstep
 from mortise.engine.logprobs import TokenLogprobs, logprobs_of
 from mortise.engine.request import Finish, FinishReason, Request, finish_of
@@ -19,6 +19,7 @@ from mortise.engine.scheduler import Scheduler
 from mortise.engine.text import TextStream
 from mortise.errors import ModelConfigError, PromptTooLongError
 from mortise.kv.pages import PageAllocator, pages_for
+from mortise.kv.slots import SlotAllocator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,8 +49,10 @@ class Engine:
         self._tokenizer = tokenizer
         self._chunk = config.scheduler.max_num_batched_tokens
         self._allocator = PageAllocator(loaded.pool.num_pages)
+        self._slots = SlotAllocator(state_slots(config.scheduler))
         self.scheduler = Scheduler(
             self._allocator,
+            self._slots,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         )
@@ -168,7 +171,11 @@ class Engine:
             )
         pages = self._allocator.allocate(pages_for(len(token_ids)))
         try:
-            return self.runner.logits(token_ids, pages, self._chunk, self._modes[0])
+            slot = self._slots.allocate()
+            try:
+                return self.runner.logits(token_ids, pages, self._chunk, self._modes[0], slot)
+            finally:
+                self._slots.release(slot)
         finally:
             self._allocator.release(pages)
 

@@ -1,13 +1,21 @@
-"""How many tokens a request may generate, given the model's context and the size of the cache."""
+"""How many tokens a request may generate, and how many requests have a state at a time."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mortise.errors import CapacityError, PromptTooLongError, RequestError
 from mortise.kv.pages import PAGE_SIZE
 
+if TYPE_CHECKING:
+    from mortise.config import SchedulerConfig
+
 DEFAULT_MAX_TOKENS: Final = 128
+
+
+def state_slots(scheduler: SchedulerConfig) -> int:
+    """Requests whose state recurrent layers keep: all that run, and one sequence that is scored."""
+    return scheduler.max_num_seqs + 1
 
 
 def check_prompt(token_ids: list[int], vocab_size: int) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from mortise.backends import Decision, load_backend
 from mortise.checkpoint import CheckpointTensors, ModelDirectory, load_weights
 from mortise.checkpoint.quantization.plan import QuantizationPlan
+from mortise.engine.cache import CacheNeeds, cache_decisions, new_cache
 from mortise.engine.compute_dtype import decide_dtype
 from mortise.engine.default_sampling import default_sampling
 from mortise.engine.dispatch_modes import dispatch_modes
@@ -22,7 +23,6 @@ from mortise.engine.expert_runners import runner_decisions
 from mortise.engine.index_keys import decide_index_key_dtype
 from mortise.engine.joining import join_group
 from mortise.engine.materialise import materialise
-from mortise.engine.memory import memory_for, size_text
 from mortise.engine.threads import decide_threads
 from mortise.errors import BackendUnusableError
 from mortise.kv.pages import PAGE_SIZE
@@ -187,8 +187,8 @@ def _load_joined(
         resolved.origins["threads"],
         sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
     )
-    num_pages = resolved.config.cache.capacity_pages
-    pool = _new_pool(model, num_pages, dtype, device)
+    needs = CacheNeeds.of(model, resolved, dtype)
+    pool = new_cache(model, needs, dtype, device)
     return LoadedModel(
         directory=directory,
         facts=facts,
@@ -213,7 +213,7 @@ def _load_joined(
             *runner_decisions(model),
             *_dispatch_decisions(dispatch),
             _sampling_decision(directory, sampling),
-            _cache_decision(pool, resolved),
+            *cache_decisions(needs, resolved),
         ),
         seconds=time.perf_counter() - started,
     )
@@ -271,16 +271,6 @@ def _counting(
         progress(done, total)
 
     return count
-
-
-def _new_pool(
-    model: CausalLM, num_pages: int, dtype: torch.dtype, device: torch.device
-) -> CachePool:
-    # One page tells what all of them take.
-    needed = model.new_pool(1, dtype, torch.device("meta")).num_bytes * num_pages
-    remedy = "lower cache.max_num_tokens (or cache.num_pages) in the engine configuration"
-    with memory_for(f"a cache of {num_pages} pages", needed, device, remedy):
-        return model.new_pool(num_pages, dtype, device)
 
 
 def _model_decision(directory: ModelDirectory, facts: ModelFacts) -> Decision:
@@ -355,17 +345,4 @@ def _sampling_decision(directory: ModelDirectory, sampling: SamplingParams) -> D
         if is_default
         else "generation_config.json recommends it; a request can ask otherwise",
         source=str(directory.path),
-    )
-
-
-def _cache_decision(pool: CachePool, resolved: ResolvedConfig) -> Decision:
-    cache = resolved.config.cache
-    key = "cache.max_num_tokens" if cache.num_pages is None else "cache.num_pages"
-    return Decision(
-        role=ModelRole.MAIN,
-        subject="cache",
-        value=f"{pool.num_pages} pages, {size_text(pool.num_bytes)}",
-        rule="configuration",
-        reason=f"{key} is {cache.num_pages or cache.max_num_tokens}; a page is {PAGE_SIZE} tokens",
-        source=resolved.origins[key],
     )

@@ -36,7 +36,8 @@ class Request:
     """What is asked, and how far it is.
 
     The engine alone changes it. ``token_ids`` are the prompt's tokens and then the generated ones;
-    the first ``num_computed`` of them have their rows in the cache, in ``pages``. All but the last
+    the first ``num_computed`` of them have their rows in the cache, in ``pages``, and are what
+    recurrent layers remember in ``state_slot``, which a request has while it runs. All but the last
     token must be there before another can be sampled.
 
     Args:
@@ -69,6 +70,7 @@ class Request:
         "prefill_target",
         "random",
         "seed",
+        "state_slot",
         "stop_token_ids",
         "text",
         "token_ids",
@@ -102,6 +104,7 @@ class Request:
         self.num_computed = 0
         self.prefill_target = len(prompt_token_ids)
         self.pages: list[int] = []
+        self.state_slot: int | None = None
         self.num_preemptions = 0
         self.finish: Finish | None = None
         self.added_at = 0.0
@@ -134,6 +137,7 @@ class Request:
     def restart(self) -> None:
         """Forget what is in the cache; every token so far will be computed again."""
         self.pages = []
+        self.state_slot = None
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)
         self.num_preemptions += 1

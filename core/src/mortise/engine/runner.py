@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mortise.engine.scheduler import slot_of
 from mortise.engine.threads import num_threads
 from mortise.layers.paged_attention import BatchLayout
 from mortise.spec.dispatch import DispatchMode
@@ -67,6 +68,7 @@ class Runner:
             page_table=self._table([request.pages for request in batch.requests]),
             prompt_lens=tuple(request.num_prompt_tokens for request in batch.requests),
             dispatch_mode=dispatch_mode,
+            state_slots=tuple(map(slot_of, batch.requests)),
         )
         return self._forward(token_ids, layout, _last_rows(batch, sampled))
 
@@ -87,6 +89,7 @@ class Runner:
         pages: list[int],
         chunk: int,
         dispatch_mode: DispatchMode = DispatchMode.NORMAL,
+        state_slot: int = 0,
     ) -> torch.Tensor:
         """float32 ``[T, vocab]``: every position of one sequence, computed in chunks.
 
@@ -95,6 +98,7 @@ class Runner:
             pages: pages for all of them, which nobody else uses meanwhile.
             chunk: tokens in one pass.
             dispatch_mode: how tokens travel to their experts; the same on every rank.
+            state_slot: for what recurrent layers remember, which nobody else uses meanwhile.
         """
         parts = []
         for start in range(0, len(token_ids), chunk):
@@ -106,6 +110,7 @@ class Runner:
                 page_table=self._table([pages]),
                 prompt_lens=(len(token_ids),),
                 dispatch_mode=dispatch_mode,
+                state_slots=(state_slot,),
             )
             parts.append(self._forward(list(token_ids[start:end]), layout, None))
         return torch.cat(parts)

@@ -12,6 +12,7 @@ from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
     from mortise.engine.request import Request
+    from mortise.kv.slots import SlotAllocator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +51,22 @@ class Scheduler:
 
     Args:
         allocator: the pages of the cache; its other users must give back what they take.
+        slots: for the states of requests that run, one for each.
         max_num_seqs: requests that run at the same time.
         max_num_batched_tokens: tokens of prompts in one step.
     """
 
     def __init__(
-        self, allocator: PageAllocator, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        allocator: PageAllocator,
+        slots: SlotAllocator,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
     ) -> None:
+        assert slots.num_slots >= max_num_seqs
         self._allocator = allocator
+        self._slots = slots
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: deque[Request] = deque()
@@ -104,16 +113,18 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """Let go of a request that is finished or given up."""
         if request in self._running:
-            self._running.remove(request)
-            self._allocator.release(request.pages)
+            self._let_go(request)
             request.pages = []
+            request.state_slot = None
         else:
             self._waiting.remove(request)
 
     def check_integrity(self) -> None:
         """Assert what holds between any two steps, provided that nobody else holds pages."""
         self._allocator.check_integrity([request.pages for request in self._running])
+        self._slots.check_integrity([slot_of(request) for request in self._running])
         assert not any(request.pages for request in self._waiting), "a waiting request holds pages"
+        assert all(request.state_slot is None for request in self._waiting)
         assert len(self._running) <= self._max_num_seqs, "too many requests run"
         for request in self._running:
             assert request.num_computed <= len(request.pages) * PAGE_SIZE, f"{request} lacks pages"
@@ -128,6 +139,7 @@ class Scheduler:
                 return
             request = self._waiting.popleft()
             request.pages = self._allocator.allocate(needed)
+            request.state_slot = self._slots.allocate()
             self._running.append(request)
 
     def _prefill(self) -> Batch | None:
@@ -161,10 +173,20 @@ class Scheduler:
         request.pages.extend(self._allocator.allocate(1))
 
     def _preempt(self, request: Request) -> None:
-        self._running.remove(request)
-        self._allocator.release(request.pages)
+        self._let_go(request)
         request.restart()
         self._waiting.appendleft(request)
+
+    def _let_go(self, request: Request) -> None:
+        self._running.remove(request)
+        self._allocator.release(request.pages)
+        self._slots.release(slot_of(request))
+
+
+def slot_of(request: Request) -> int:
+    """The slot of a request that runs."""
+    assert request.state_slot is not None, f"{request} does not run"
+    return request.state_slot
 
 
 def _batch(mode: ForwardMode, requests: list[Request], query_lens: list[int]) -> Batch | None:

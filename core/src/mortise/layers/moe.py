@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from mortise.checkpoint.placement import Placement
     from mortise.layers.context import LayerContext
     from mortise.layers.mlp import SwiGLU
-    from mortise.layers.router import GroupedSigmoidRouter
+    from mortise.layers.router import GroupedSigmoidRouter, SoftmaxRouter
+    from mortise.layers.shared_expert import GatedSharedExpert
     from mortise.spec.dispatch import DispatchFormat
 
 
@@ -133,9 +134,9 @@ class MoELayer(nn.Module):
         context: LayerContext,
         name: str,
         *,
-        router: GroupedSigmoidRouter,
+        router: GroupedSigmoidRouter | SoftmaxRouter,
         experts: RoutedExperts,
-        shared_experts: SwiGLU | None,
+        shared_experts: SwiGLU | GatedSharedExpert | None,
     ) -> None:
         super().__init__()
         self.name = name

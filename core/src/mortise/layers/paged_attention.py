@@ -34,6 +34,8 @@ class BatchLayout:
         prompt_lens: tokens that each request was given, B integers, or None: all there are in a
             prefill, none in other modes. Ties between index scores are resolved over the prompt.
         dispatch_mode: how the tokens travel to their experts; the same on every rank.
+        state_slots: where recurrent layers keep what they know of each request, B integers; empty
+            where no layer does.
     """
 
     mode: ForwardMode
@@ -42,6 +44,7 @@ class BatchLayout:
     page_table: torch.Tensor
     prompt_lens: tuple[int, ...] | None = None
     dispatch_mode: DispatchMode = DispatchMode.NORMAL
+    state_slots: tuple[int, ...] = ()
 
     @classmethod
     def build(
@@ -52,6 +55,7 @@ class BatchLayout:
         pages: Sequence[Sequence[int]],
         device: torch.device,
         prompt_lens: Sequence[int] | None = None,
+        state_slots: Sequence[int] = (),
     ) -> BatchLayout:
         """From each request's own list of pages."""
         width = max((len(own) for own in pages), default=0)
@@ -64,6 +68,7 @@ class BatchLayout:
                 len(pages), width
             ),
             prompt_lens=None if prompt_lens is None else tuple(prompt_lens),
+            state_slots=tuple(state_slots),
         )
 
     def positions(self) -> torch.Tensor:

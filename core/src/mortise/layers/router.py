@@ -62,3 +62,29 @@ class GroupedSigmoidRouter(nn.Module):
         dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best, False)
         kept: torch.Tensor = choice_TGE.masked_fill(dropped_TG.unsqueeze(-1), float("-inf"))
         return kept.flatten(1)
+
+
+class SoftmaxRouter(nn.Module):
+    """The most probable experts (Qwen3-MoE; arXiv 2505.09388).
+
+    Probabilities are a softmax over all experts in float32; those of the chosen ones are the
+    weights, normalised to sum to one if ``norm_topk_prob``.
+
+    T tokens, E experts, K chosen.
+    """
+
+    def __init__(
+        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, norm_topk_prob: bool
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+
+    def forward(self, hidden_TH: torch.Tensor) -> Routing:
+        """Choose experts for ``[T, H]``."""
+        scores_TE = F.linear(hidden_TH.float(), self.weight.float()).softmax(dim=-1)
+        weights_TK, topk_ids = scores_TE.topk(self.num_experts_per_tok, dim=-1)
+        if self.norm_topk_prob:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return Routing(topk_ids=topk_ids, topk_weights=weights_TK)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mortise.checkpoint.placement import Placement, Skip
+from mortise.layers.gated_delta_net import GatedRMSNorm
 from mortise.layers.linear import Projection, projection_placements
 from mortise.layers.moe import MoELayer
-from mortise.layers.norm import RMSNorm
+from mortise.layers.norm import RMSNorm, ZeroCentredRMSNorm
+from mortise.layers.router import GroupedSigmoidRouter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +51,7 @@ def named_placements(prefix: str, block: nn.Module, schemes: SchemeLookup) -> It
         own = f"{prefix}.{name}"
         if isinstance(module, Projection):
             yield from projection_placements(schemes, [own], module)
-        elif isinstance(module, RMSNorm | nn.LayerNorm):
+        elif isinstance(module, RMSNorm | ZeroCentredRMSNorm | GatedRMSNorm | nn.LayerNorm):
             for part, parameter in module.named_parameters():
                 yield Placement(f"{own}.{part}", parameter)
 
@@ -60,8 +62,9 @@ def feed_forward_placements(prefix: str, block: SwiGLU | MoELayer) -> Iterator[P
         yield from block.placements()
         return
     yield Placement(f"{prefix}.gate.weight", block.gate.weight)
-    bias = block.gate.e_score_correction_bias
-    yield Placement(f"{prefix}.gate.e_score_correction_bias", bias)
+    if isinstance(block.gate, GroupedSigmoidRouter):
+        bias = block.gate.e_score_correction_bias
+        yield Placement(f"{prefix}.gate.e_score_correction_bias", bias)
     yield from block.experts.placements()
     if block.shared_experts is not None:
         yield from block.shared_experts.placements()

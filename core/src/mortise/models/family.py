@@ -77,8 +77,13 @@ class CausalLM(Protocol):
         """
         ...
 
-    def new_pool(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> CachePool:
-        """An empty cache of ``num_pages`` pages."""
+    def new_pool(
+        self, num_pages: int, dtype: torch.dtype, device: torch.device, num_slots: int = 0
+    ) -> CachePool:
+        """An empty cache of ``num_pages`` pages, with a state for each of ``num_slots`` requests.
+
+        A model without recurrent layers keeps no states.
+        """
         ...
 
     def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedPass:

@@ -9,6 +9,7 @@ from mortise.errors import UnknownArchitectureError
 from mortise.models.deepseek_v32.family import DeepseekV32Family
 from mortise.models.glm4_moe.family import Glm4MoeFamily
 from mortise.models.glm_moe_dsa.family import GlmMoeDsaFamily
+from mortise.models.qwen3_next.family import Qwen3NextFamily
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 FAMILIES: tuple[ModelFamily, ...] = (
     DeepseekV32Family(),
-    Glm4MoeFamily(),
     GlmMoeDsaFamily(),
+    Glm4MoeFamily(),
+    Qwen3NextFamily(),
 )
 
 

@@ -129,8 +129,14 @@ class DeepseekV32ForCausalLM(nn.Module):
         self.rotary.to(norm.device)
         return finish_loading(self, norm.dtype)
 
-    def new_pool(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> LatentPool:
-        """An empty cache for every layer."""
+    def new_pool(
+        self,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_slots: int = 0,  # noqa: ARG002
+    ) -> LatentPool:
+        """An empty cache for every layer; none keeps a state."""
         return LatentPool(
             num_layers=self.config.num_hidden_layers,
             num_pages=num_pages,

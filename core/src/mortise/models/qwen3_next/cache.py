@@ -1,0 +1,58 @@
+"""What the two kinds of layers keep of a request: rows of the cache, and one state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mortise.layers.paged_grouped_attention import PagedGroupedAttention
+from mortise.layers.slot_states import SlotStates
+
+if TYPE_CHECKING:
+    import torch
+
+    from mortise.kv.key_values import KeyValuePool
+    from mortise.kv.recurrent import RecurrentPool
+    from mortise.layers.paged_attention import BatchLayout
+    from mortise.spec.dispatch import DispatchMode
+
+
+@dataclass(frozen=True, slots=True)
+class HybridPool:
+    """Pages for the attention layers, slots for the gated delta nets."""
+
+    key_values: KeyValuePool
+    states: RecurrentPool
+
+    @property
+    def num_pages(self) -> int:
+        """Pages there are."""
+        return self.key_values.num_pages
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of pages and slots."""
+        return self.key_values.num_bytes + self.states.num_bytes
+
+
+class HybridPass:
+    """One forward pass over both.
+
+    Args:
+        pool: pages and slots.
+        layout: where this pass's tokens sit.
+    """
+
+    def __init__(self, pool: HybridPool, layout: BatchLayout) -> None:
+        self.attend = PagedGroupedAttention(pool.key_values, layout)
+        self.recur = SlotStates(pool.states, layout)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 ``[T]``: position of each token in its request."""
+        return self.attend.positions
+
+    @property
+    def dispatch_mode(self) -> DispatchMode:
+        """How the tokens travel to their experts."""
+        return self.attend.dispatch_mode

@@ -1,0 +1,66 @@
+"""Which tensor of a published checkpoint fills which part of which parameter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mortise.checkpoint.placement import Placement, Skip
+from mortise.models.decoder_weights import feed_forward_placements, named_placements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mortise.checkpoint.quantization.module_scheme import SchemeLookup
+    from mortise.layers.gated_delta_net import GatedDeltaNet
+    from mortise.models.qwen3_next.config import Qwen3NextConfig
+    from mortise.models.qwen3_next.model import DecoderLayer, Qwen3NextForCausalLM
+    from mortise.parallel.group import ExpertParallelGroup
+
+
+def placements(model: Qwen3NextForCausalLM) -> Iterator[Placement]:
+    """Every tensor of the main model, under the hub's names."""
+    yield Placement("model.embed_tokens.weight", model.model.embed_tokens.weight)
+    for index, layer in enumerate(model.model.layers):
+        yield from layer_placements(f"model.layers.{index}", layer)  # type: ignore[arg-type]
+    yield Placement("model.norm.weight", model.model.norm.weight)
+    if model.lm_head is not None:
+        yield Placement("lm_head.weight", model.lm_head.weight)
+
+
+def skips(config: Qwen3NextConfig, group: ExpertParallelGroup) -> tuple[Skip, ...]:
+    """Tensors that a checkpoint may hold and the main model on this rank does not need."""
+    declared = [
+        Skip(r"mtp\..*", "multi-token prediction layer, read when drafting"),
+        Skip(
+            r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+            "computed from the configuration",
+        ),
+    ]
+    if group.world_size > 1:
+        own = "|".join(map(str, group.share(config.num_experts)))
+        declared.append(
+            Skip(rf"model\.layers\.\d+\.mlp\.experts\.(?!(?:{own})\.).*", "experts of other ranks")
+        )
+    if config.tie_word_embeddings:
+        declared.append(Skip(r"lm_head\.weight", "tied to the embedding"))
+    return tuple(declared)
+
+
+def layer_placements(prefix: str, layer: DecoderLayer) -> Iterator[Placement]:
+    """One decoder layer."""
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield Placement(f"{prefix}.{name}.weight", getattr(layer, name).weight)
+    if layer.linear_attn is not None:
+        yield from _delta_net_placements(f"{prefix}.linear_attn", layer.linear_attn, layer.schemes)
+    if layer.self_attn is not None:
+        yield from named_placements(f"{prefix}.self_attn", layer.self_attn, layer.schemes)
+    yield from feed_forward_placements(f"{prefix}.mlp", layer.mlp)
+
+
+def _delta_net_placements(
+    prefix: str, net: GatedDeltaNet, schemes: SchemeLookup
+) -> Iterator[Placement]:
+    yield Placement(f"{prefix}.A_log", net.A_log)
+    yield Placement(f"{prefix}.dt_bias", net.dt_bias)
+    yield Placement(f"{prefix}.conv1d.weight", net.conv1d.weight)
+    yield from named_placements(prefix, net, schemes)
