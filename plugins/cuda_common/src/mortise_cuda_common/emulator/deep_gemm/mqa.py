@@ -27,8 +27,8 @@ def scores(
     """``scale_j * sum_h relu(q_sh . k_j) * weight_sh`` in float32.
 
     Args:
-        q: e4m3 ``[S, H, D]``, whose scale is part of the weights.
-        keys: e4m3 ``[N, D]``.
+        q: e4m3 ``[S, H, D]``, whose scale is part of the weights; float32 where it was cast before.
+        keys: e4m3 ``[N, D]``, likewise.
         key_scale: float32 ``[N]``.
         weights: float32 ``[S, H]``.
 

@@ -71,13 +71,17 @@ def paged_logits(
     logits = poisoned((batch * next_n, columns), torch.float32)[:, :max_context_len]
     lens = context_lens.tolist()
     last = [row[-1] for row in lens]
+    # Cast once: every task of a request reads the same query, and requests may share pages.
+    q, named = q.float(), _named_pages(block_table, keys.shape[0])
+    named_keys = keys[named].float()
     for task in _tasks(state, schedule_meta, last, next_n, heads):
         start = task.first_split * SPLIT
         stop = min(start + task.num_splits * SPLIT, last[task.request], max_context_len)
         if stop <= start:
             continue
-        own = _positions(block_table[task.request], start, stop, keys)
-        key, key_scale = keys[own], scale[own]
+        pages, places = _positions(block_table[task.request], start, stop, keys)
+        key = named_keys[torch.searchsorted(named, pages), places]
+        key_scale = scale[pages, places]
         for draft, length in enumerate(lens[task.request]):
             row, seen = task.request * next_n + draft, min(stop, length) - start
             if seen > 0:
@@ -132,6 +136,12 @@ def _fused(state: State, kv_cache: torch.Tensor, dim: int) -> tuple[torch.Tensor
     keys = page[:, : block * dim].contiguous().view(torch.float8_e4m3fn)
     scale = page[:, block * dim :].contiguous().view(torch.float32)
     return keys.reshape(pages, block, dim), scale
+
+
+def _named_pages(block_table: torch.Tensor, num_pages: int) -> torch.Tensor:
+    """The pages that there are of those that the block table names, in their order."""
+    pages = block_table.unique().long()
+    return pages[(pages >= 0) & (pages < num_pages)]
 
 
 def _require_schedule(state: State, schedule: torch.Tensor) -> None:
