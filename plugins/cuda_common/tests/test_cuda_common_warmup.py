@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ import torch
 from tests.cli.command_line import mortise
 from tests.fixtures.tiny_models import INDEXER, save_tiny
 
-from mortise import LLM, EngineConfig
+from mortise import LLM, EngineConfig, SamplingParams
 from mortise.engine.warmup import warmup_request
 from mortise.plugin import QKVLayout, QKVShape
 from mortise_cuda_common import moe
+from mortise_cuda_common.programs.emulated import EmulatedPrograms
 from mortise_cuda_common.warmup import launches, sizes
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def test_sizes_are_powers_of_two_and_the_largest(most: int, wanted: tuple[int, .
     assert sizes(most) == wanted
 
 
-def quantised_model(folder: Path, mode: str) -> LLM:
+def quantised_model(folder: Path, mode: str, **options: str) -> LLM:
     plain = save_tiny(folder / "plain", **INDEXER, hidden_size=128, moe_intermediate_size=128)
     model = folder / "fp8"
     assert mortise("quantize", model, "--model", plain, "--scheme", "fp8-block").code == 0
@@ -43,6 +45,7 @@ def quantised_model(folder: Path, mode: str) -> LLM:
                 cache={"max_num_tokens": 256},
                 scheduler={"max_num_batched_tokens": 3, "max_num_seqs": 2},
                 dispatch={"mode": mode, "max_tokens_per_rank": 4},
+                backend_options={"cuda_hopper": options},
             )
         )
 
@@ -86,6 +89,46 @@ def test_an_exchange_of_fixed_size_is_warmed_up_at_its_size(
         for job in jobs.values():
             job.run()
         assert set(slots) == {4 * world_size}
+
+
+@pytest.mark.parametrize("mode", ["normal", "low_latency"])
+def test_a_warmed_up_model_launches_nothing_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Nothing that Triton would compile then: by program, constants, formats, kinds of strides."""
+    launch, seen = EmulatedPrograms.launch, set()
+
+    def recorded(
+        programs: EmulatedPrograms,
+        source: Any,
+        grid: int,
+        arguments: Any,
+        constants: Any,
+        **how: int,
+    ) -> None:
+        names = inspect.signature(source).parameters
+        compiled = (
+            one.dtype if isinstance(one, torch.Tensor) else name.endswith("stride") and kind_of(one)
+            for name, one in zip(names, arguments, strict=False)
+        )
+        seen.add((source, *compiled, *sorted(constants.items()), *sorted(how.items())))
+        launch(programs, source, grid, arguments, constants, **how)
+
+    llm = quantised_model(tmp_path, mode, runner="triton", indexer="triton")
+    monkeypatch.setattr(EmulatedPrograms, "launch", recorded)
+    request = warmup_request(llm.loaded, llm.resolved.config, ahead=False)
+    jobs = launches(llm.loaded.bound.backend, torch.device("cpu"), request)
+    for job in {job.key: job for job in jobs}.values():
+        job.run()
+    warmed = frozenset(seen)
+    seen.clear()
+    llm.generate([[1, 2, 3, 4, 5], [6, 7]], SamplingParams(max_tokens=3))
+    assert seen
+    assert not seen - warmed
+
+
+def kind_of(stride: int) -> tuple[bool, bool]:
+    return stride == 1, stride % 16 == 0
 
 
 def test_splits_are_launched_too(tmp_path: Path) -> None:
