@@ -140,7 +140,7 @@ def _fused(state: State, kv_cache: torch.Tensor, dim: int) -> tuple[torch.Tensor
 
 def _named_pages(block_table: torch.Tensor, num_pages: int) -> torch.Tensor:
     """The pages that there are of those that the block table names, in their order."""
-    pages = block_table.unique().long()
+    pages: torch.Tensor = torch.unique(block_table).long()
     return pages[(pages >= 0) & (pages < num_pages)]
 
 
