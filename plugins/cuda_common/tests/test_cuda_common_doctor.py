@@ -29,6 +29,7 @@ def sound(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which everything is installed."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path: f"/usr/bin/{name}")
     monkeypatch.setattr(doctor.deep_gemm, "require_installed", lambda: "0.1.5.post1")
     monkeypatch.setattr(doctor.deep_ep, "require_installed", lambda: "1.2.1")
 
@@ -62,6 +63,14 @@ def test_no_triton(sound: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", missing)
     assert findings(ALONE)["triton"].verdict is Verdict.FAIL
+
+
+def test_no_compiler_for_tritons_launchers(sound: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path: None)
+    row = findings(ALONE)["triton"]
+    assert row.verdict is Verdict.NOTE
+    assert "neither gcc nor clang is on PATH" in row.found
+    assert row.remedy.startswith("install gcc")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from mortise_cuda_common.options import CommonOptions
 
 TRITON: Final = "triton"
+COMPILERS: Final = ("gcc", "clang")
+"""What Triton builds the launcher of a program with."""
 
 
 def findings(
@@ -71,6 +74,15 @@ def _triton() -> Finding:
             Verdict.FAIL,
             "is not installed, and the backend's own programs are written in it",
             "install a torch that is built for CUDA, which brings it",
+        )
+    path = read_environment().search_path or ""
+    if not any(shutil.which(compiler, path=path) for compiler in COMPILERS):
+        return Finding(
+            TRITON,
+            Verdict.NOTE,
+            f"{version}, which builds the launchers of programs with a C compiler, and neither"
+            f" {' nor '.join(COMPILERS)} is on PATH",
+            "install gcc, unless the variable CC names a compiler",
         )
     return Finding(TRITON, Verdict.OK, version)
 
