@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import PositiveInt, model_validator
 
 from mortise.errors import ModelConfigError
 from mortise.layers.mla import MLAShape
-from mortise.layers.rotary import YarnScaling
+from mortise.models.decoder_config import RoutedDecoderConfig, rotary_fields, rotary_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,52 +22,20 @@ So in transformers' models and in the authors' own code (``inference/model.py``)
 """
 
 
-class LatentMoEConfig(BaseModel):
-    """The fields that latent attention and experts are built from, in every family that has both.
+class LatentMoEConfig(RoutedDecoderConfig):
+    """The fields that latent attention is built from, in every family that has it.
 
-    Names are as published, unknown ones are ignored. Both spellings of the rotary fields are read:
-    the hub's ``rope_theta`` with ``rope_scaling`` and transformers 5's ``rope_parameters``.
     ``index_*`` are None where attention has no indexer.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    model_type: str
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_nextn_predict_layers: int = Field(default=0, ge=0)
-    max_position_embeddings: PositiveInt
-    rms_norm_eps: float = Field(default=1e-6, ge=0)
-    tie_word_embeddings: bool = False
-    eos_token_id: int | tuple[int, ...] | None = None
-    torch_dtype: str | None = None
-
-    intermediate_size: PositiveInt
-    moe_intermediate_size: PositiveInt
-    first_k_dense_replace: int = Field(default=0, ge=0)
-    n_routed_experts: PositiveInt
-    n_shared_experts: int = Field(default=1, ge=0)
-    num_experts_per_tok: PositiveInt
-    n_group: PositiveInt = 1
-    topk_group: PositiveInt = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    scoring_func: Literal["sigmoid"] = "sigmoid"
-    topk_method: Literal["noaux_tc"] = "noaux_tc"
-    hidden_act: Literal["silu"] = "silu"
     moe_layer_freq: Literal[1] = 1
 
-    num_attention_heads: PositiveInt
     q_lora_rank: PositiveInt | None = None
     kv_lora_rank: PositiveInt
     qk_nope_head_dim: PositiveInt
     qk_rope_head_dim: PositiveInt
     v_head_dim: PositiveInt
-    attention_bias: bool = False
     rope_interleave: bool = True
-    rope_theta: float = Field(default=10000.0, gt=0)
-    yarn: YarnScaling | None = None
 
     index_n_heads: PositiveInt | None = None
     index_head_dim: PositiveInt | None = None
@@ -76,50 +44,17 @@ class LatentMoEConfig(BaseModel):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, object]) -> Self:
-        """Read a parsed ``config.json``.
-
-        Raises:
-            ModelConfigError: a field is missing, of the wrong type, or contradicts another.
-        """
-        fields = {**cls.fields_of(raw), **_rope_fields(raw)}
-        fields.setdefault("torch_dtype", raw.get("dtype"))
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
+        """See :meth:`~mortise.models.decoder_config.RoutedDecoderConfig.from_dict`."""
+        factor = rotary_table(raw).get("partial_rotary_factor", 1.0)
+        if factor != 1.0 and rotary_fields(raw)["yarn"] is not None:
             raise ModelConfigError(
-                f"config.json does not describe a {raw.get('model_type')} model",
-                details=[
-                    f"{'.'.join(map(str, problem['loc'])) or 'config'}: {problem['msg']}"
-                    f" (got {problem['input']!r})"[:300]
-                    for problem in error.errors()
-                ],
-                remedy="take config.json from the published model, unedited",
-            ) from None
-
-    @classmethod
-    def fields_of(cls, raw: Mapping[str, object]) -> dict[str, object]:
-        """The fields of this class, where ``config.json`` spells them in more than one way."""
-        return dict(raw)
+                f"partial_rotary_factor {factor!r} beside YaRN",
+                expected="none: qk_rope_head_dim says what is rotated",
+            )
+        return super().from_dict(raw)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.n_routed_experts % self.n_group:
-            raise ValueError(
-                f"n_routed_experts {self.n_routed_experts} is not a multiple of "
-                f"n_group {self.n_group}"
-            )
-        if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
-            raise ValueError("a group needs at least two experts")
-        if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group {self.topk_group} is more than n_group {self.n_group}")
-        choosable = self.topk_group * (self.n_routed_experts // self.n_group)
-        if self.num_experts_per_tok > choosable:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than the {choosable} "
-                "experts in topk_group groups"
-            )
-        if self.yarn and min(self.yarn.factor, self.yarn.original_max_position_embeddings) <= 0:
-            raise ValueError("factor and original_max_position_embeddings of YaRN must be positive")
+    def _heads_fit(self) -> Self:
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd")
         if self.index_head_dim is not None and self.index_head_dim < self.qk_rope_head_dim:
@@ -144,17 +79,6 @@ class LatentMoEConfig(BaseModel):
     def latent_dim(self) -> int:
         """Elements of one cached MLA row."""
         return self.kv_lora_rank + self.qk_rope_head_dim
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a text."""
-        if self.eos_token_id is None:
-            return ()
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
-
-    def is_dense(self, layer: int) -> bool:
-        """Whether a layer has a plain SwiGLU block instead of experts."""
-        return layer < self.first_k_dense_replace
 
     def mla_shape(self) -> MLAShape:
         """Sizes of the attention layers."""
@@ -181,7 +105,7 @@ class DeepseekV32Config(LatentMoEConfig):
 
     @classmethod
     def fields_of(cls, raw: Mapping[str, object]) -> dict[str, object]:
-        """See :meth:`LatentMoEConfig.fields_of`."""
+        """See :meth:`~mortise.models.decoder_config.RoutedDecoderConfig.fields_of`."""
         fields = {**raw, "first_k_dense_replace": _num_dense_layers(raw)}
         if raw.get("model_type") == "deepseek_v3":
             for name in ("index_n_heads", "index_head_dim", "index_topk"):
@@ -213,31 +137,3 @@ def _num_dense_layers(raw: Mapping[str, object]) -> object:
             expected=f'{num_layers} layers, "dense" ones first, then "sparse" ones',
         )
     return num_dense
-
-
-def _rope_fields(raw: Mapping[str, object]) -> dict[str, object]:
-    """``rope_theta`` and ``yarn`` from either spelling."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ModelConfigError(f"rope_scaling is {scaling!r}", expected="a table")
-    theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta, "yarn": None}
-    if kind != "yarn":
-        raise ModelConfigError(f"rope_scaling type {kind!r}", expected='"default" or "yarn"')
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelConfigError(
-            f"partial_rotary_factor {scaling['partial_rotary_factor']!r} beside YaRN",
-            expected="none: qk_rope_head_dim says what is rotated",
-        )
-    names = YarnScaling.__dataclass_fields__
-    yarn = {name: value for name, value in scaling.items() if name in names and value is not None}
-    original, whole = (
-        yarn.get("original_max_position_embeddings"),
-        raw.get("max_position_embeddings"),
-    )
-    if "factor" not in yarn and isinstance(original, int) and isinstance(whole, int) and original:
-        # Leaving the factor to the ratio of the two lengths is how some checkpoints say it.
-        yarn["factor"] = whole / original
-    return {"rope_theta": theta, "yarn": yarn}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mortise.models.deepseek_v32 import weights
+from mortise.models.decoder_weights import decoder_skips
 from mortise.models.deepseek_v32.config import DeepseekV32Config, LatentMoEConfig
 from mortise.models.deepseek_v32.model import DeepseekV32ForCausalLM
+from mortise.models.deepseek_v32.weights import placements
 from mortise.models.family import ModelFacts
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ class DeepseekV32Family:
     def placements(self, model: CausalLM) -> Iterable[Placement]:
         """See :class:`~mortise.models.family.ModelFamily`."""
         assert isinstance(model, DeepseekV32ForCausalLM)
-        return weights.placements(model)
+        return placements(model)
 
     def skips(self, raw: Mapping[str, object], group: ExpertParallelGroup) -> tuple[Skip, ...]:
         """See :class:`~mortise.models.family.ModelFamily`."""
-        return weights.skips(self.config_class.from_dict(raw), group)
+        return decoder_skips(self.config_class.from_dict(raw), group)

@@ -9,7 +9,7 @@ from torch import nn
 
 from mortise.layers.linear import linear
 from mortise.layers.norm import RMSNorm
-from mortise.models.deepseek_v32.model import DecoderLayer
+from mortise.models.deepseek_v32.model import decoder_layer
 
 if TYPE_CHECKING:
     from mortise.layers.context import LayerContext
@@ -36,7 +36,8 @@ class DeepseekV32MTP(nn.Module):
         self.hnorm = RMSNorm(hidden_size, eps)
         name = f"model.layers.{index}.eh_proj"
         self.eh_proj = linear(context, [name], 2 * hidden_size, hidden_size)
-        self.layer = DecoderLayer(config, index, context)
+        self.schemes = context.schemes
+        self.layer = decoder_layer(config, index, context)
         self.norm = RMSNorm(hidden_size, eps)
 
     def forward(

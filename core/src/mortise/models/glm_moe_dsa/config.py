@@ -49,7 +49,7 @@ class GlmMoeDsaConfig(LatentMoEConfig):
 
     @classmethod
     def fields_of(cls, raw: Mapping[str, object]) -> dict[str, object]:
-        """See :meth:`~mortise.models.deepseek_v32.config.LatentMoEConfig.fields_of`."""
+        """See :meth:`~mortise.models.decoder_config.RoutedDecoderConfig.fields_of`."""
         names = ("n_routed_experts", "num_experts", "num_local_experts")
         given = {name: raw[name] for name in names if raw.get(name) is not None}
         counts = list(given.values())
@@ -97,7 +97,7 @@ class GlmMoeDsaConfig(LatentMoEConfig):
         return frozenset(layer for layer, kind in kinds if kind == "shared")
 
     def is_dense(self, layer: int) -> bool:
-        """See :meth:`~mortise.models.deepseek_v32.config.LatentMoEConfig.is_dense`."""
+        """See :meth:`~mortise.models.decoder_config.RoutedDecoderConfig.is_dense`."""
         if self.mlp_layer_types is None:
             return super().is_dense(layer)
         return layer < self.num_hidden_layers and self.mlp_layer_types[layer] == "dense"
