@@ -30,6 +30,11 @@ def test_sizes_are_powers_of_two_and_the_largest(most: int, wanted: tuple[int, .
     assert sizes(most) == wanted
 
 
+def test_ahead_of_time_every_tile_of_deep_gemm_is_met() -> None:
+    assert sizes(200, ahead=True) == (1, 2, 4, 8, 16, 32, 64, 128, 192, 200)
+    assert set(sizes(200)) < set(sizes(200, ahead=True))
+
+
 def quantised_model(folder: Path, mode: str, **options: str) -> LLM:
     plain = save_tiny(folder / "plain", **INDEXER, hidden_size=128, moe_intermediate_size=128)
     model = folder / "fp8"

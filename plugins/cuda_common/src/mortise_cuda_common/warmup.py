@@ -36,10 +36,20 @@ if TYPE_CHECKING:
 
 PAGE_SIZE: Final = 64
 
+TILE: Final = 64
+"""Rows of DeepGEMM's smallest tile."""
 
-def sizes(most: int) -> tuple[int, ...]:
-    """Powers of two below ``most``, and ``most``: between two of them the same is compiled."""
-    return tuple(sorted({most, *(1 << power for power in range(most.bit_length()))} - {0}))
+
+def sizes(most: int, *, ahead: bool = False) -> tuple[int, ...]:
+    """Powers of two below ``most``, and ``most``: between two of them Triton compiles the same.
+
+    Args:
+        most: the largest.
+        ahead: also every 64th, since DeepGEMM chooses its tiles by the number of rows.
+    """
+    powers = (1 << power for power in range(most.bit_length()))
+    between = range(TILE, most, TILE) if ahead else ()
+    return tuple(sorted({most, *powers, *between} - {0}))
 
 
 def launches(backend: Backend, device: torch.device, request: WarmupRequest) -> list[WarmupJob]:
@@ -89,7 +99,7 @@ class _Launches:
     def _sizes_of(self, decision: DispatchDecision) -> tuple[int, ...]:
         """Rows of an exchange of fixed size are as many for one token as for all."""
         most, limit = self.request.max_tokens, self._limit(decision)
-        return tuple(sorted({1, min(most, limit)})) if limit else sizes(most)
+        return tuple(sorted({1, min(most, limit)})) if limit else self._sizes()
 
     def _limit(self, decision: DispatchDecision) -> int:
         is_fixed = decision.format.mode is DispatchMode.LOW_LATENCY
@@ -156,7 +166,7 @@ class _Launches:
 
     def linears(self) -> Iterator[WarmupJob]:
         for linear in self.request.linears:
-            for tokens in sizes(self.request.max_tokens):
+            for tokens in self._sizes():
                 yield self._of_linear(linear, tokens)
 
     def _of_linear(self, linear: LinearWeight, tokens: int) -> WarmupJob:
@@ -175,7 +185,7 @@ class _Launches:
 
     def indexer(self) -> Iterator[WarmupJob]:
         heads, dim = self.request.index_heads, self.request.index_head_dim
-        for rows in sizes(self.request.max_tokens) if heads else ():
+        for rows in self._sizes() if heads else ():
             yield WarmupJob(
                 name=f"index scores, {heads} heads of {dim}: {rows} rows",
                 key=("indexer", heads, dim, self.request.index_key_dtype, rows),
@@ -214,7 +224,7 @@ class _Launches:
 
     def splits(self) -> Iterator[WarmupJob]:
         for shape in self.request.qkv_shapes:
-            for tokens in sizes(self.request.max_tokens):
+            for tokens in self._sizes():
                 yield self._of_split(shape, tokens)
 
     def _of_split(self, shape: QKVShape, tokens: int) -> WarmupJob:
@@ -231,6 +241,9 @@ class _Launches:
             key=("qkv", shape, tokens),
             run=run,
         )
+
+    def _sizes(self) -> tuple[int, ...]:
+        return sizes(self.request.max_tokens, ahead=self.request.ahead)
 
     def _hook(self, name: str) -> Callable[..., Any]:
         hook: Callable[..., Any] = getattr(self.backend, name)
