@@ -11,6 +11,7 @@ import pytest
 from mortise import env, errors
 from mortise.backends.manifest import Manifest
 from mortise.cli import command_tree
+from mortise.models.registry import FAMILIES
 from mortise.spec.hooks import HOOKS
 from mortise.spec.reasons import ReasonCode
 from mortise_cuda_common import environment as cuda_common_environment
@@ -56,6 +57,11 @@ def test_every_variable_has_its_row() -> None:
 def test_every_manifest_field_has_its_row() -> None:
     fields = [field.alias or name for name, field in Manifest.model_fields.items()]
     assert first_cells("how-to/write-a-backend.md") == fields
+
+
+def test_every_model_type_has_its_row() -> None:
+    known = {name for family in FAMILIES for name in family.model_types}
+    assert known <= set(first_cells("reference/model-families.md"))
 
 
 def documented_signature(hook: str) -> ast.FunctionDef:
