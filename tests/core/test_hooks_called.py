@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.fixtures.hybrid_models import save_hybrid
 from tests.fixtures.paged_models import reference_ops
+from tests.fixtures.tiny_models import save_tiny
 
 from mortise import LLM, EngineConfig, SamplingParams
 from mortise.checkpoint.quantization.module_scheme import ModuleScheme
@@ -105,7 +105,7 @@ def test_every_hook_is_called(
     assert {ForwardMode.PREFILL, ForwardMode.DECODE} <= set(recorder.modes)
     assert set(HOOKS) - set(recorder.names) == {"qkv_split"}
     other = Recorder()
-    generate_text(save_hybrid(tmp_path), other, monkeypatch)
+    generate_text(save_tiny(tmp_path, model_type="qwen3_next"), other, monkeypatch)
     assert "qkv_split" in other.names
 
 

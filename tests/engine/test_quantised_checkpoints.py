@@ -44,6 +44,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 0,
     },
     "glm4, experts": {"model_type": "glm4_moe", "first_k_dense_replace": 0},
+    "qwen3_next, attention": {"model_type": "qwen3_next", "layer_types": ["full_attention"]},
+    "qwen3_next, delta net": {"model_type": "qwen3_next", "layer_types": ["linear_attention"]},
+    "qwen3.5, delta net": {"model_type": "qwen3_5_moe_text", "layer_types": ["linear_attention"]},
 }
 
 
@@ -163,7 +166,8 @@ def transformers_logits(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in stored and stored[name].is_floating_point() and name not in placed:
             tensor.copy_(stored[name])
-    logits: torch.Tensor = model(TOKENS[None]).logits[0]
+    # Its cache wants a layer of attention.
+    logits: torch.Tensor = model(TOKENS[None], use_cache=False).logits[0]
     return logits
 
 

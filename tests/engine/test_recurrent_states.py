@@ -16,12 +16,13 @@ from mortise.layers.gated_delta_net import GatedDeltaNet
 from mortise.layers.linear import QuantizedLinear
 from tests.cli.command_line import mortise
 from tests.engine.rank_program import PROMPTS, results
-from tests.fixtures.hybrid_models import MOE_TEXT, NEXT, save_hybrid
 from tests.fixtures.launched import launch
+from tests.fixtures.tiny_models import save_tiny
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+NEXT, MOE_TEXT = "qwen3_next", "qwen3_5_moe_text"
 GREEDY = SamplingParams(max_tokens=75, ignore_eos=True)
 LONG = [[(7 * place + number) % 256 for place in range(60)] for number in range(5)]
 
@@ -39,7 +40,7 @@ def hybrid_llm(path: Path, *, pages: int = 64, seqs: int = 8, tokens: int = 512)
 
 @pytest.fixture(scope="module", params=[NEXT, MOE_TEXT])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_hybrid(tmp_path_factory.mktemp("model"), model_type=request.param, tokenizer=True)
+    return save_tiny(tmp_path_factory.mktemp("model"), model_type=request.param, tokenizer=True)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,10 @@ def test_a_quantised_copy_loads_and_generates(model: Path, tmp_path: Path) -> No
 
 def test_ranks_that_share_the_experts_give_what_one_process_gives(tmp_path: Path) -> None:
     """With one prompt the other rank is idle: it keeps nothing of anybody and takes part."""
-    config: dict[str, Any] = {"model": str(save_hybrid(tmp_path / "model")), "dtype": "float32"}
+    config: dict[str, Any] = {
+        "model": str(save_tiny(tmp_path / "model", model_type=NEXT, tokenizer=False)),
+        "dtype": "float32",
+    }
     cases = [{"config": config, "num_prompts": number} for number in (1, len(PROMPTS))]
     file = tmp_path / "cases.json"
     file.write_text(json.dumps(cases), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The router chooses transformers' experts with transformers' weights."""
+"""The routers choose transformers' experts with transformers' weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mortise.layers.router import GroupedSigmoidRouter
+from mortise.layers.router import GroupedSigmoidRouter, SoftmaxRouter
 
 HIDDEN = 16
 
@@ -120,3 +120,35 @@ def test_scores_are_computed_in_float32_for_a_bfloat16_model() -> None:
 def test_no_token_and_one(num_tokens: int) -> None:
     got = routers(FIELDS)[0](torch.zeros(num_tokens, HIDDEN))
     assert got.topk_ids.shape == got.topk_weights.shape == (num_tokens, 3)
+
+
+@given(
+    num_experts=st.integers(1, 9),
+    chosen=st.integers(1, 9),
+    norm_topk_prob=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@torch.inference_mode()
+def test_the_choice_by_softmax_is_transformers(
+    num_experts: int, chosen: int, norm_topk_prob: bool, seed: int
+) -> None:
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextTopKRouter
+
+    fields = {
+        "hidden_size": HIDDEN,
+        "num_experts": num_experts,
+        "num_experts_per_tok": min(chosen, num_experts),
+        "norm_topk_prob": norm_topk_prob,
+    }
+    ours, theirs = SoftmaxRouter(**fields), Qwen3NextTopKRouter(Qwen3NextConfig(**fields))
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(num_experts, HIDDEN, generator=generator)
+    for router in (ours, theirs):
+        router.load_state_dict({"weight": weight})
+    hidden = torch.randn(9, HIDDEN, generator=generator)
+    got = ours(hidden)
+    _, weights, ids = theirs(hidden)
+    assert torch.equal(got.topk_ids, ids)
+    torch.testing.assert_close(got.topk_weights, weights, atol=1e-6, rtol=1e-5)
+    assert ours(hidden[:0]).topk_ids.shape == (0, fields["num_experts_per_tok"])

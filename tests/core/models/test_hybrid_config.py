@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fixtures.hybrid_models import HYBRID, MOE_TEXT, NEXT
+from tests.fixtures.tiny_models import QWEN
 
 from mortise.errors import ModelConfigError
 from mortise.models.qwen3_next.config import Qwen3NextConfig
 from mortise.models.registry import family_of
 from mortise.spec.qkv import QKVLayout
+
+NEXT, MOE_TEXT = "qwen3_next", "qwen3_5_moe_text"
 
 # As published with Qwen3-Next, the sizes made small.
 PUBLISHED: dict[str, Any] = {
@@ -96,7 +98,7 @@ def test_what_transformers_writes_is_what_it_was_given(
     import transformers
 
     kind = {NEXT: transformers.Qwen3NextConfig, MOE_TEXT: transformers.Qwen3_5MoeTextConfig}
-    given = {**HYBRID, **fields, "model_type": model_type}
+    given = {**QWEN, **fields, "model_type": model_type}
     if model_type == NEXT:
         given |= {"norm_topk_prob": False, "decoder_sparse_step": 2, "intermediate_size": 56}
     theirs = kind[model_type](**given)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tests.fixtures.hybrid_models import MOE_TEXT, NEXT, save_hybrid
 from tests.fixtures.paged_models import CPU, reference_context, scattered_pages
+from tests.fixtures.tiny_models import save_tiny
 
 from mortise.checkpoint import CheckpointTensors, ModelDirectory, load_weights
 from mortise.kv.pages import pages_for
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+NEXT, MOE_TEXT = "qwen3_next", "qwen3_5_moe_text"
 TOLERANCE = 1e-4
 AROUND_ENDS = (1, 2, 3, 63, 64, 65, 128)
 """Lengths about the width of the convolution, a chunk of the delta rule and a page."""
@@ -110,7 +111,7 @@ class HybridModel:
 
 @cache
 def loaded(model_type: str, root: Path) -> HybridModel:
-    return HybridModel(save_hybrid(root / model_type, model_type=model_type))
+    return HybridModel(save_tiny(root / model_type, model_type=model_type, tokenizer=False))
 
 
 @pytest.fixture(scope="module")

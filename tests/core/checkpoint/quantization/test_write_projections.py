@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tests.fixtures.quantised_models import save_odd
+from tests.fixtures.tiny_models import save_tiny
 
 from mortise.checkpoint import CheckpointTensors, ModelDirectory
 from mortise.checkpoint.quantization.write.projections import Projection, select_projections
@@ -119,3 +122,31 @@ def test_the_two_products_of_the_experts_may_differ(model: Path) -> None:
     found = select(model, Recipe.of("w4a16", rules=[Rule("*.experts.*.down_proj", "w8a8")]))
     assert found["model.layers.1.mlp.experts.3.down_proj"].scheme.scheme.value == "w8a8"
     assert found["model.layers.1.mlp.experts.3.up_proj"].scheme.scheme.value == "w4a16"
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_moe_text"])
+def test_gates_of_a_delta_net_and_what_drafts_stay_as_they_are(
+    tmp_path: Path, model_type: str
+) -> None:
+    path = save_tiny(tmp_path, model_type=model_type, tokenizer=False)
+    tensors = load_file(path / "model.safetensors")
+    tensors["mtp.layers.0.self_attn.q_proj.weight"] = torch.ones(16, 16)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    found = select(path, Recipe.of("fp8-block"))
+    quantised = {one.kind for one in found.values() if one.is_quantised}
+    is_next = model_type == "qwen3_next"
+    assert {kind for kind in quantised if kind.startswith("linear_attn.in_proj")} == (
+        {"linear_attn.in_proj_qkvz"}
+        if is_next
+        else {"linear_attn.in_proj_qkv", "linear_attn.in_proj_z"}
+    )
+    assert {"linear_attn.out_proj", "self_attn.q_proj", "mlp.shared_expert.up_proj"} <= quantised
+    assert found["mtp.layers.0.self_attn.q_proj"].scheme.reason == "multi-token prediction layer"
+    left = {one.scheme.reason for one in found.values() if not one.is_quantised}
+    assert left == {
+        "outside the decoder layers",
+        "router",
+        "gate of the shared expert",
+        "gates of the delta net",
+        "multi-token prediction layer",
+    }

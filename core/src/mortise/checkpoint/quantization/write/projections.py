@@ -30,6 +30,9 @@ KEPT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "gate": "router",
         "shared_expert_gate": "gate of the shared expert",
+        "in_proj_ba": "gates of the delta net",
+        "in_proj_b": "gates of the delta net",
+        "in_proj_a": "gates of the delta net",
         "weights_proj": "weights of the indexer's heads, computed in float32",
     }
 )
@@ -124,7 +127,7 @@ def kept_scheme(module: str, num_layers: object) -> ModuleScheme | None:
     layer = LAYER.search(module)
     if layer is None:
         return ModuleScheme(reason="outside the decoder layers")
-    if isinstance(num_layers, int) and int(layer[1]) >= num_layers:
+    if module.startswith("mtp.") or (isinstance(num_layers, int) and int(layer[1]) >= num_layers):
         return ModuleScheme(reason=MTP)
     reason = KEPT.get(module.rpartition(".")[2])
     return None if reason is None else ModuleScheme(reason=reason)
