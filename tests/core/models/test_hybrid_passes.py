@@ -239,6 +239,25 @@ def test_a_preempted_request_computed_again(model: HybridModel) -> None:
     assert_close(again, before)
 
 
+@pytest.mark.parametrize("mode", [ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND])
+def test_several_tokens_of_a_request_equal_single_decoding(
+    model: HybridModel, mode: ForwardMode
+) -> None:
+    sequences = [tokens_of(66, seed=1), tokens_of(24, seed=2)]
+    expected = [model.full(sequence)[-4:] for sequence in sequences]
+    places = [([3, 9], 5), ([12], 1)]
+    model.poison()
+    for part, chosen in ((slice(None, -4), ForwardMode.PREFILL), (slice(-4, None), mode)):
+        got = model.forward(
+            chosen,
+            [
+                Request(sequence[part], len(sequence) - (4 if part.stop else 0), *place)
+                for sequence, place in zip(sequences, places, strict=True)
+            ],
+        )
+    assert_close(got, torch.cat(expected))
+
+
 @pytest.mark.parametrize("mode", ForwardMode)
 def test_a_pass_without_requests(model: HybridModel, mode: ForwardMode) -> None:
     assert model.forward(mode, []).shape == (0, 272)

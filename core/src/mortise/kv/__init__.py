@@ -1,1 +1,1 @@
-"""The paged cache: who owns which page, and the tensors the pages live in."""
+"""The cache: who owns which page and which slot, and the tensors they live in."""
