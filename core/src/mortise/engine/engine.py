@@ -45,7 +45,10 @@ class Engine:
         self, loaded: LoadedModel, tokenizer: Tokenizer | None, config: EngineConfig
     ) -> None:
         self._facts = loaded.facts
-        self._eos_token_ids = frozenset(loaded.directory.eos_token_ids)
+        # What the directory says, and where it is silent, what the family reads of it.
+        self._eos_token_ids = frozenset(
+            loaded.directory.eos_token_ids or loaded.facts.eos_token_ids
+        )
         self._tokenizer = tokenizer
         self._chunk = config.scheduler.max_num_batched_tokens
         self._allocator = PageAllocator(loaded.pool.num_pages)

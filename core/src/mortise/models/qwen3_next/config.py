@@ -26,12 +26,13 @@ class Qwen3NextConfig(BaseModel):
 
     Both spellings of the rotary fields are read: the hub's ``rope_theta``, ``rope_scaling`` and
     ``partial_rotary_factor``, and transformers 5's ``rope_parameters``. The three positions that
-    Qwen3.5 has of a token (``mrope_section``) are one and the same in a text.
+    Qwen3.5 has of a token (``mrope_section``) are one and the same in a text. ``qwen3_5_moe`` is a
+    model of texts and pictures, whose ``text_config`` holds the fields of ``qwen3_5_moe_text``.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    model_type: Literal["qwen3_next", "qwen3_5_moe_text"]
+    model_type: Literal["qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"]
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt
@@ -73,6 +74,7 @@ class Qwen3NextConfig(BaseModel):
         Raises:
             ModelConfigError: a field is missing, of the wrong type, or contradicts another.
         """
+        raw = _of_texts(raw)
         fields = {**raw, **_rope_fields(raw)}
         fields.setdefault("torch_dtype", raw.get("dtype"))
         if raw.get("mlp_only_layers") is None or raw.get("model_type") != "qwen3_next":
@@ -127,6 +129,11 @@ class Qwen3NextConfig(BaseModel):
         return self
 
     @property
+    def decoder_name(self) -> str:
+        """Dotted name in the checkpoint of what holds the embedding and the layers."""
+        return "model.language_model" if self.model_type == "qwen3_5_moe" else "model"
+
+    @property
     def rotary_dim(self) -> int:
         """Leading dimensions of a head that are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
@@ -177,6 +184,17 @@ class Qwen3NextConfig(BaseModel):
             value_head_dim=self.linear_value_head_dim,
             layout=QKVLayout.INTERLEAVED if is_next else QKVLayout.CONTIGUOUS,
         )
+
+
+def _of_texts(raw: Mapping[str, object]) -> Mapping[str, object]:
+    """The fields of the text model, beside those that transformers reads of the whole."""
+    if raw.get("model_type") != "qwen3_5_moe":
+        return raw
+    texts = raw.get("text_config")
+    if not isinstance(texts, dict):
+        raise ModelConfigError(f"text_config is {texts!r}", expected="a table")
+    whole = ("model_type", "tie_word_embeddings", "torch_dtype", "dtype", "eos_token_id")
+    return {**texts, **{name: raw[name] for name in whole if raw.get(name) is not None}}
 
 
 def _layer_types(raw: Mapping[str, object]) -> tuple[str, ...]:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Qwen3NextFamily:
-    """Reads ``model_type`` ``qwen3_next``, and the text models of ``qwen3_5_moe``."""
+    """Reads ``model_type`` ``qwen3_next``, ``qwen3_5_moe`` and ``qwen3_5_moe_text``."""
 
     __slots__ = ()
 
-    model_types = ("qwen3_next", "qwen3_5_moe_text")
+    model_types = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
 
     def facts(self, raw: Mapping[str, object]) -> ModelFacts:
         """See :class:`~mortise.models.family.ModelFamily`."""

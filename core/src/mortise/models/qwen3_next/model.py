@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: Qwen3NextConfig, index: int, context: LayerContext) -> None:
         super().__init__()
-        name = f"model.layers.{index}"
+        name = f"{config.decoder_name}.layers.{index}"
         self.schemes = context.schemes
         self.linear_attn: GatedDeltaNet | None = None
         self.self_attn: GroupedQueryAttention | None = None

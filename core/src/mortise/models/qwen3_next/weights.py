@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from mortise.checkpoint.placement import Placement, Skip
@@ -19,27 +20,28 @@ if TYPE_CHECKING:
 
 def placements(model: Qwen3NextForCausalLM) -> Iterator[Placement]:
     """Every tensor of the main model, under the hub's names."""
-    yield Placement("model.embed_tokens.weight", model.model.embed_tokens.weight)
-    for index, layer in enumerate(model.model.layers):
-        yield from layer_placements(f"model.layers.{index}", layer)  # type: ignore[arg-type]
-    yield Placement("model.norm.weight", model.model.norm.weight)
+    name, decoder = model.config.decoder_name, model.model
+    yield Placement(f"{name}.embed_tokens.weight", decoder.embed_tokens.weight)
+    for index, layer in enumerate(decoder.layers):
+        yield from layer_placements(f"{name}.layers.{index}", layer)  # type: ignore[arg-type]
+    yield Placement(f"{name}.norm.weight", decoder.norm.weight)
     if model.lm_head is not None:
         yield Placement("lm_head.weight", model.lm_head.weight)
 
 
 def skips(config: Qwen3NextConfig, group: ExpertParallelGroup) -> tuple[Skip, ...]:
     """Tensors that a checkpoint may hold and the main model on this rank does not need."""
+    layers = rf"{re.escape(config.decoder_name)}\.layers\.\d+"
     declared = [
         Skip(r"mtp\..*", "multi-token prediction layer, read when drafting"),
-        Skip(
-            r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-            "computed from the configuration",
-        ),
+        Skip(rf"{layers}\.self_attn\.rotary_emb\.inv_freq", "computed from the configuration"),
     ]
+    if config.model_type == "qwen3_5_moe":
+        declared.append(Skip(r"model\.visual\..*", "sees pictures; texts alone are read"))
     if group.world_size > 1:
         own = "|".join(map(str, group.share(config.num_experts)))
         declared.append(
-            Skip(rf"model\.layers\.\d+\.mlp\.experts\.(?!(?:{own})\.).*", "experts of other ranks")
+            Skip(rf"{layers}\.mlp\.experts\.(?!(?:{own})\.).*", "experts of other ranks")
         )
     if config.tie_word_embeddings:
         declared.append(Skip(r"lm_head\.weight", "tied to the embedding"))
