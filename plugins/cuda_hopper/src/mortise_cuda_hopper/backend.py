@@ -8,7 +8,7 @@ from mortise.plugin import Backend, BindContext, DeviceProbe, hookimpl
 from mortise_cuda_common import doctor, loading, moe, qkv
 from mortise_cuda_common import linear as projections
 from mortise_cuda_common.choice import read_measurements
-from mortise_cuda_common.choices import choices
+from mortise_cuda_common.decisions import decisions
 from mortise_cuda_common.exchanges import Exchanges
 from mortise_cuda_common.experts import prepare_expert_weights
 from mortise_cuda_common.indexer import Indexer
@@ -91,7 +91,7 @@ class HopperBackend(Backend):
 
     def choices(self) -> Sequence[BackendChoice]:
         """Tell which libraries serve."""
-        return tuple(choices(self._runtime))
+        return tuple(decisions(self._runtime))
 
     def supports(self, request: ExpertLayerRequest) -> Support:
         """Serve experts that DeepGEMM or the Triton programs multiply."""

@@ -15,7 +15,7 @@ UNUSED = "-"
 """What the adapter calls a function that this version does not have."""
 
 
-def choices(runtime: Runtime) -> Iterator[BackendChoice]:
+def decisions(runtime: Runtime) -> Iterator[BackendChoice]:
     """DeepGEMM: its version with the names of what is called, or why it is left out.
 
     Args:
