@@ -104,7 +104,7 @@ class BlackwellBackend(Backend):
 
     def choices(self) -> Sequence[BackendChoice]:
         """Tell which libraries serve."""
-        return (*choices(self._runtime), *library_choices(self._flash_infer))
+        return (*decisions(self._runtime), *library_choices(self._flash_infer))
 
     def supports(self, request: ExpertLayerRequest) -> Support:
         """Serve experts that DeepGEMM or the Triton programs multiply."""
