@@ -18,6 +18,7 @@ from mortise_cuda_blackwell.select import BlackwellProducts
 from mortise_cuda_common import doctor, loading, moe, qkv
 from mortise_cuda_common import linear as projections
 from mortise_cuda_common.choice import read_measurements
+from mortise_cuda_common.decisions import decisions
 from mortise_cuda_common.exchanges import Exchanges
 from mortise_cuda_common.experts import prepare_expert_weights
 from mortise_cuda_common.indexer import Indexer
