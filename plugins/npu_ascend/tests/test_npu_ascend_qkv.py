@@ -227,6 +227,15 @@ from mortise.plugin import QKVLayout, QKVShape
 from mortise.reference.qkv import qkv_split
 from mortise_npu_ascend.qkv import QKVSplitter, _compiled
 
+# Numpy 2.4 makes no integer of an array of one element, which the interpreter counts on.
+scope = importlib.import_module("triton.runtime.interpreter")._LangPatchScope
+set_attr = scope.set_attr
+def with_integers(self, owner, name, value):
+    if name == "__index__":
+        value = lambda tensor: int(tensor.handle.data.item())
+    set_attr(self, owner, name, value)
+scope.set_attr = with_integers
+
 splitter = QKVSplitter(_compiled(), 5)
 generator = torch.Generator().manual_seed(0)
 for layout in QKVLayout:
