@@ -38,15 +38,14 @@ from mortise_cuda_blackwell.products.nvfp4 import Nvfp4Product
 from mortise_cuda_blackwell.products.nvfp4_flashinfer import Nvfp4FlashInferProduct
 from mortise_cuda_blackwell.scales import from_tiles, to_tiles
 from mortise_cuda_blackwell.select import BlackwellProducts
-from mortise_cuda_common.chip import EMULATED, Architecture
+from mortise_cuda_common.chip import Architecture
 from mortise_cuda_common.moe import quantized_moe_apply
 
 if TYPE_CHECKING:
     from mortise.plugin import DispatchedTokens
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-CHIP = EMULATED[Architecture.SM100]
-LIBRARY = FlashInfer.emulated(CHIP)
+LIBRARY = FlashInfer.emulated()
 RUNTIME = runtime_of(Architecture.SM100, deep_gemm=False)
 TRITON = BlackwellProducts(RUNTIME)
 PRODUCTS = BlackwellProducts(RUNTIME, flash_infer=LIBRARY)
@@ -189,7 +188,7 @@ def test_the_product_leaves_other_rows_alone(out_dtype: torch.dtype) -> None:
     values, scales = quantise_nvfp4(normal(6, 2, 40, 64), 1e-2)
     counts, alphas = torch.tensor([40, 7], dtype=torch.int32), torch.tensor([1e-2, 3e-2])
     out = torch.full((2, 40, 128), 13.0, dtype=out_dtype)
-    EmulatedFlashInfer(CHIP).gemm.grouped_gemm_nt_masked(
+    EmulatedFlashInfer().gemm.grouped_gemm_nt_masked(
         (values.permute(1, 2, 0), to_tiles(scales)),
         (stored.weight.permute(1, 2, 0), to_tiles(stored.scale)),
         out.permute(1, 2, 0),
@@ -224,7 +223,7 @@ def operands(experts: int = 2, columns: int = 64) -> dict[str, Any]:
 
 
 def test_the_emulation_refuses_what_the_library_refuses_or_does_wrongly() -> None:
-    product = EmulatedFlashInfer(CHIP).gemm.grouped_gemm_nt_masked
+    product = EmulatedFlashInfer().gemm.grouped_gemm_nt_masked
     product(**operands())
     with pytest.raises(ValueError, match="contiguous in the layout implied by c_major"):
         product(**operands() | {"out": torch.zeros(128, 128, 2, dtype=BF16)})
@@ -235,7 +234,7 @@ def test_the_emulation_refuses_what_the_library_refuses_or_does_wrongly() -> Non
     with pytest.raises(RuntimeError, match="columns that are not there"):
         product(**operands(columns=96))
     with pytest.raises(NotImplementedError, match="dtypes fp16/bf16"):
-        EmulatedFlashInfer(CHIP).scaled_fp4_grouped_quantize(
+        EmulatedFlashInfer().scaled_fp4_grouped_quantize(
             torch.zeros(1, 1, 16), torch.ones(1, dtype=torch.int32), torch.ones(1)
         )
 
@@ -262,7 +261,7 @@ def test_a_version_without_the_product() -> None:
 
 def test_a_product_that_is_wrong_or_fails() -> None:
     def library(product: Any) -> SimpleNamespace:
-        whole = EmulatedFlashInfer(CHIP)
+        whole = EmulatedFlashInfer()
         return SimpleNamespace(
             __version__="0.6.18",
             gemm=SimpleNamespace(grouped_gemm_nt_masked=product),
@@ -272,7 +271,7 @@ def test_a_product_that_is_wrong_or_fails() -> None:
             ),
         )
 
-    right = EmulatedFlashInfer(CHIP).gemm.grouped_gemm_nt_masked
+    right = EmulatedFlashInfer().gemm.grouped_gemm_nt_masked
 
     def without_alpha(*args: Any, alpha: Any, **kwargs: Any) -> None:
         right(*args, **kwargs)

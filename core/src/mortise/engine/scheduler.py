@@ -80,11 +80,6 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     @property
-    def num_running(self) -> int:
-        """Requests that hold pages."""
-        return len(self._running)
-
-    @property
     def num_waiting(self) -> int:
         """Requests that hold none."""
         return len(self._waiting)

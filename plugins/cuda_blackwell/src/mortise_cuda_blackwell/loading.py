@@ -25,9 +25,7 @@ def load_flash_infer(runtime: Runtime, options: Options) -> FlashInfer | None:
     """
     if options.nvfp4 != "flashinfer":
         return None
-    return (
-        FlashInfer.emulated(runtime.chip) if runtime.emulated else FlashInfer.load(runtime.device)
-    )
+    return FlashInfer.emulated() if runtime.emulated else FlashInfer.load(runtime.device)
 
 
 def library_findings(request: DoctorRequest, options: Options) -> Iterator[Finding]:

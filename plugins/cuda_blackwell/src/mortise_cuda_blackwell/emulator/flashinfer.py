@@ -8,15 +8,12 @@
 from __future__ import annotations
 
 from types import MappingProxyType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
 from mortise.formats.nvfp4 import dequantise_nvfp4, quantise_nvfp4_by_divisor
 from mortise_cuda_blackwell.scales import from_tiles, to_tiles
-
-if TYPE_CHECKING:
-    from mortise_cuda_common.chip import Chip
 
 BLOCK: Final = 16
 _POISON: Final = 0xFF
@@ -27,16 +24,11 @@ _OUTPUTS: Final = MappingProxyType(
 
 
 class EmulatedFlashInfer:
-    """What is called of the module ``flashinfer``.
-
-    Args:
-        chip: that it computes as.
-    """
+    """What is called of the module ``flashinfer``; the same on every chip that it knows."""
 
     __version__: Final = "0.6.18"
 
-    def __init__(self, chip: Chip) -> None:
-        self._chip = chip
+    def __init__(self) -> None:
         self.gemm: Final = SimpleNamespace(grouped_gemm_nt_masked=self._grouped_gemm_nt_masked)
 
     def scaled_fp4_grouped_quantize(

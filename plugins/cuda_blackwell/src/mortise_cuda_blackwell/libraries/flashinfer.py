@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mortise_cuda_blackwell.layout import Nvfp4Weight
-    from mortise_cuda_common.chip import Chip
 
 MODULE: Final = "flashinfer"
 PIP: Final = 'pip install "flashinfer-python>=0.6.18" nvidia-cutlass-dsl'
@@ -81,9 +80,9 @@ class FlashInfer:
         return found
 
     @classmethod
-    def emulated(cls, chip: Chip) -> FlashInfer:
+    def emulated(cls) -> FlashInfer:
         """The same functions on a CPU."""
-        library = EmulatedFlashInfer(chip)
+        library = EmulatedFlashInfer()
         return cls(version=library.__version__, functions=_functions(library), is_emulated=True)
 
     @staticmethod
