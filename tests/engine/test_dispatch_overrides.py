@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mortise.config import EngineConfig, ResolvedConfig, option_layer, resolve, standard_layers
+from mortise.config import (
+    DispatchConfig,
+    DraftConfig,
+    EngineConfig,
+    ResolvedConfig,
+    option_layer,
+    resolve,
+    standard_layers,
+)
 from mortise.engine.dispatch_overrides import FIELDS, dispatch_override, dispatch_overrides
 from mortise.env import read_environment
 from mortise.spec.dispatch import DispatchDtype, DispatchMode, Override
@@ -33,9 +41,9 @@ def resolved_from(
 ) -> ResolvedConfig:
     """What a command makes of a variable, a file and its options; an empty text is not given."""
     path = folder / "engine.toml"
-    path.write_text("[dispatch]\n" + "".join(f'{k} = "{v}"\n' for k, v in (file or {}).items()))
+    path.write_text("".join(f'{key} = "{word}"\n' for key, word in (file or {}).items()))
     options = [("--dispatch-dtype", "dispatch.dtype", option)]
-    options += [("--draft-dispatch-dtype", "dispatch.draft_dtype", draft_option)]
+    options += [("--draft-dispatch-dtype", "draft.dispatch_dtype", draft_option)]
     layers = [option_layer(flag, key, value) for flag, key, value in options if value]
     return resolve(
         standard_layers(read_environment({VARIABLE: environment}), path if file else None, layers)
@@ -89,12 +97,9 @@ def test_the_strongest_place_is_heard_and_in_it_the_key_of_the_mode(
     tmp_path: Path,
 ) -> None:
     draft = role is ModelRole.DRAFT
-    names = ("dtype", "normal_dtype", "low_latency_dtype")
-    table = {
-        f"draft_{name}" if draft else name: word
-        for name, word in zip(names, file.split(), strict=True)
-        if word != "-"
-    }
+    general = FIELDS[role, DispatchMode.NORMAL][1]
+    names = (general, *(FIELDS[role, mode][0] for mode in DispatchMode))
+    table = {name: word for name, word in zip(names, file.split(), strict=True) if word != "-"}
     resolved = resolved_from(
         environment=variable,
         file=table,
@@ -107,7 +112,9 @@ def test_the_strongest_place_is_heard_and_in_it_the_key_of_the_mode(
 
 
 def test_one_model_does_not_hear_what_is_said_of_the_other(tmp_path: Path) -> None:
-    resolved = resolved_from(option="fp8", file={"draft_normal_dtype": "int8"}, folder=tmp_path)
+    resolved = resolved_from(
+        option="fp8", file={"draft.normal_dispatch_dtype": "int8"}, folder=tmp_path
+    )
     assert dispatch_overrides(resolved, ModelRole.MAIN) == dict.fromkeys(
         DispatchMode, Override(value=DispatchDtype.FP8_E4M3, source=COMMAND_LINE)
     )
@@ -146,8 +153,9 @@ def test_an_unset_variable_says_nothing_and_does_not_warn(tmp_path: Path) -> Non
 
 
 def test_a_configuration_made_in_python_is_one_place() -> None:
-    dispatch: Any = {"dtype": "fp8", "low_latency_dtype": "bf16", "draft_normal_dtype": "auto"}
-    resolved = ResolvedConfig.of(EngineConfig(dispatch=dispatch))
+    dispatch: Any = {"dtype": "fp8", "low_latency_dtype": "bf16"}
+    draft: Any = {"normal_dispatch_dtype": "auto"}
+    resolved = ResolvedConfig.of(EngineConfig(dispatch=dispatch, draft=draft))
     assert said(resolved, ModelRole.MAIN, DispatchMode.NORMAL) == "fp8 Python"
     assert said(resolved, ModelRole.MAIN, DispatchMode.LOW_LATENCY) == "bf16 Python"
     assert dispatch_overrides(resolved, ModelRole.DRAFT) == {}
@@ -156,5 +164,10 @@ def test_a_configuration_made_in_python_is_one_place() -> None:
 def test_every_place_of_the_configuration_is_read() -> None:
     assert set(FIELDS) == set(EVERYWHERE)
     named = {name for names in FIELDS.values() for name in names}
-    config = EngineConfig()
-    assert named == {name for name in type(config.dispatch).model_fields if "dtype" in name}
+    sections = {"dispatch": DispatchConfig, "draft": DraftConfig}
+    assert named == {
+        f"{section}.{name}"
+        for section, kind in sections.items()
+        for name in kind.model_fields
+        if "dtype" in name
+    }

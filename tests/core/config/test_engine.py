@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mortise.config import CacheConfig, DispatchConfig, EngineConfig, SchedulerConfig
+from mortise.config import CacheConfig, DispatchConfig, DraftConfig, EngineConfig, SchedulerConfig
 from mortise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def test_defaults() -> None:
     assert config.backend_options == {}
     assert config.cache == CacheConfig(page_size=64, num_pages=None, max_num_tokens=8192)
     assert config.scheduler == SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=512)
-    assert config.dispatch == DispatchConfig(dtype="auto", draft_dtype="auto")
+    assert config.dispatch == DispatchConfig(dtype="auto")
+    assert config.draft == DraftConfig(num_tokens=0, dispatch_dtype="auto")
 
 
 def test_sections_as_tables_and_as_objects() -> None:

@@ -61,7 +61,7 @@ def test_options_of_backends_are_merged_and_arrays_replaced() -> None:
         "x": {"a": 1, "b": {"c": 1}, "list": (3,)},
         "y": {},
     }
-    origins = {key: origin for key, origin in resolved.origins.items() if "options" in key}
+    origins = {key: origin for key, origin in resolved.origins.items() if "options." in key}
     assert origins == {
         "backend_options.x.a": "weak",
         "backend_options.x.list": "strong",
@@ -110,7 +110,7 @@ def test_environment_layers() -> None:
     assert environment_layers(Environment(bf16_dispatch=False)) == []
     resolved = resolve(environment_layers(Environment(bf16_dispatch=True)))
     assert resolved.config.dispatch.dtype == "bf16"
-    assert resolved.config.dispatch.draft_dtype == "bf16"
+    assert resolved.config.draft.dispatch_dtype == "bf16"
     source = "environment variable SGLANG_DEEPEP_BF16_DISPATCH"
     assert resolved.origins["dispatch.dtype"] == source
 
@@ -123,7 +123,7 @@ def test_standard_layers_in_order(tmp_path: Path) -> None:
     resolved = resolve(layers)
     assert resolved.config.backend == "y"
     assert resolved.config.dispatch.dtype == "fp8"
-    assert resolved.config.dispatch.draft_dtype == "bf16"
+    assert resolved.config.draft.dispatch_dtype == "bf16"
     assert resolved.origins["dispatch.dtype"] == f"file {path} named by MORTISE_CONFIG"
 
 

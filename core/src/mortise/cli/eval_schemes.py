@@ -205,16 +205,18 @@ def with_own_dispatch(resolved: ResolvedConfig) -> ResolvedConfig:
     For the model that others are compared with: it stays the same whatever is asked of them, and
     experts that are not quantised take nothing but rows as they are.
     """
-    from mortise.engine.dispatch_overrides import FIELDS, SECTION
+    from mortise.engine.dispatch_overrides import FIELDS
+    from mortise.spec.roles import ModelRole
 
-    names = {name for pair in FIELDS.values() for name in pair}
+    keys = {key for (role, _), pair in FIELDS.items() if role is ModelRole.MAIN for key in pair}
+    names = {key.removeprefix("dispatch.") for key in keys}
     silent = {name: type(resolved.config.dispatch).model_fields[name].default for name in names}
-    dispatch = resolved.config.dispatch.model_copy(update=silent)
-    origins = {f"{SECTION}.{name}": DEFAULT for name in names}
     return replace(
         resolved,
-        config=resolved.config.model_copy(update={SECTION: dispatch}),
-        origins=FrozenTable({**resolved.origins, **origins}),
+        config=resolved.config.model_copy(
+            update={"dispatch": resolved.config.dispatch.model_copy(update=silent)}
+        ),
+        origins=FrozenTable({**resolved.origins, **dict.fromkeys(keys, DEFAULT)}),
     )
 
 

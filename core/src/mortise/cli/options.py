@@ -25,7 +25,7 @@ CONFIGURATION_OPTIONS: Final = (
     ("--device", "device", "device"),
     ("--dtype", "dtype", "dtype"),
     ("--dispatch-dtype", "dispatch_dtype", "dispatch.dtype"),
-    ("--draft-dispatch-dtype", "draft_dispatch_dtype", "dispatch.draft_dtype"),
+    ("--draft-dispatch-dtype", "draft_dispatch_dtype", "draft.dispatch_dtype"),
     ("--threads", "threads", "threads"),
     ("--strict", "strict", "strict"),
 )

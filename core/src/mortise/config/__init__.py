@@ -3,6 +3,7 @@
 from mortise.config.engine import (
     CacheConfig,
     DispatchConfig,
+    DraftConfig,
     EngineConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -19,6 +20,7 @@ from mortise.config.table import FrozenTable
 __all__ = [
     "CacheConfig",
     "DispatchConfig",
+    "DraftConfig",
     "EngineConfig",
     "FrozenTable",
     "Layer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -36,6 +36,9 @@ BackendOptions = Annotated[
     PlainSerializer(thaw, return_type=dict[str, dict[str, Any]]),
 ]
 DispatchChoice = Literal["auto", "bf16", "fp8", "int8", "nvfp4"]
+
+MAX_DRAFT_TOKENS: Final = 16
+"""Each further token is drafted from guesses alone, and is accepted ever more rarely."""
 
 
 class Section(BaseModel):
@@ -101,7 +104,7 @@ class DispatchConfig(Section):
     dtype: DispatchChoice = Field(
         default="auto",
         description="Dispatch format of the main model; `auto` leaves the choice to the layers and"
-        " the backend, and is not the same as `bf16`.",
+        " the backend, and is not the same as `bf16`. The draft model has keys of its own.",
     )
     normal_dtype: DispatchChoice = Field(
         default="auto",
@@ -110,17 +113,6 @@ class DispatchConfig(Section):
     )
     low_latency_dtype: DispatchChoice = Field(
         default="auto", description="Likewise for the low-latency exchange alone."
-    )
-    draft_dtype: DispatchChoice = Field(
-        default="auto",
-        description="Dispatch format of the draft model, decided apart from the main one.",
-    )
-    draft_normal_dtype: DispatchChoice = Field(
-        default="auto", description="Likewise for the draft model's normal exchange alone."
-    )
-    draft_low_latency_dtype: DispatchChoice = Field(
-        default="auto",
-        description="Likewise for the draft model's low-latency exchange alone.",
     )
     mode: Literal["auto", "normal", "low_latency"] = Field(
         default="auto",
@@ -132,6 +124,47 @@ class DispatchConfig(Section):
         default=128,
         description="Tokens that one process may send in a `low_latency` exchange; memory for"
         " this many from every process is set aside.",
+    )
+
+
+class DraftConfig(Section):
+    """Drafting by multi-token prediction, and what the draft model has of its own.
+
+    What is not set here is as for the main model, copied when the configuration is resolved;
+    nothing that is set here changes anything for the main model.
+    """
+
+    num_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] = Field(
+        default=0,
+        description="Tokens that the multi-token prediction layer drafts for each request and step,"
+        " and the main model then verifies; 0 drafts none.",
+    )
+    model: PathText | None = Field(
+        default=None,
+        description="Path of the model directory whose multi-token prediction layer drafts; unset"
+        " is the main model's own. Embedding and head are always the main model's.",
+    )
+    quantization: Literal["auto", "none"] = Field(
+        default="auto",
+        description="`auto` takes every module of the draft as its checkpoint stores it; `none`"
+        " says that none is quantised, whatever the checkpoint's configuration says, and is an"
+        " error where one is.",
+    )
+    dispatch_dtype: DispatchChoice = Field(
+        default="auto",
+        description="Dispatch format of the draft model, decided apart from the main one.",
+    )
+    normal_dispatch_dtype: DispatchChoice = Field(
+        default="auto", description="Likewise for the draft model's normal exchange alone."
+    )
+    low_latency_dispatch_dtype: DispatchChoice = Field(
+        default="auto",
+        description="Likewise for the draft model's low-latency exchange alone.",
+    )
+    backend_options: BackendOptions = Field(
+        default_factory=FrozenTable,
+        description="As `backend_options`, for the draft model: a key given here goes before the"
+        " same key there.",
     )
 
 
@@ -199,6 +232,7 @@ class EngineConfig(Section):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     dispatch: DispatchConfig = DispatchConfig()
+    draft: DraftConfig = DraftConfig()
     parallel: ParallelConfig = ParallelConfig()
 
     @classmethod

@@ -49,8 +49,8 @@ def environment_layers(environment: Environment) -> list[Layer]:
     """
     if not environment.bf16_dispatch:
         return []
-    dispatch = {"dtype": "bf16", "draft_dtype": "bf16"}
-    return [(f"environment variable {BF16_DISPATCH_VARIABLE}", {"dispatch": dispatch})]
+    values = {"dispatch": {"dtype": "bf16"}, "draft": {"dispatch_dtype": "bf16"}}
+    return [(f"environment variable {BF16_DISPATCH_VARIABLE}", values)]
 
 
 def file_layer(path: str | Path, named_by: str | None = None) -> Layer:

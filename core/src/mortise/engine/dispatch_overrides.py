@@ -14,17 +14,24 @@ if TYPE_CHECKING:
 
     from mortise.config import ResolvedConfig
 
-SECTION: Final = "dispatch"
-
 FIELDS: Final[Mapping[tuple[ModelRole, DispatchMode], tuple[str, str]]] = MappingProxyType(
     {
-        (ModelRole.MAIN, DispatchMode.NORMAL): ("normal_dtype", "dtype"),
-        (ModelRole.MAIN, DispatchMode.LOW_LATENCY): ("low_latency_dtype", "dtype"),
-        (ModelRole.DRAFT, DispatchMode.NORMAL): ("draft_normal_dtype", "draft_dtype"),
-        (ModelRole.DRAFT, DispatchMode.LOW_LATENCY): ("draft_low_latency_dtype", "draft_dtype"),
+        (ModelRole.MAIN, DispatchMode.NORMAL): ("dispatch.normal_dtype", "dispatch.dtype"),
+        (ModelRole.MAIN, DispatchMode.LOW_LATENCY): (
+            "dispatch.low_latency_dtype",
+            "dispatch.dtype",
+        ),
+        (ModelRole.DRAFT, DispatchMode.NORMAL): (
+            "draft.normal_dispatch_dtype",
+            "draft.dispatch_dtype",
+        ),
+        (ModelRole.DRAFT, DispatchMode.LOW_LATENCY): (
+            "draft.low_latency_dispatch_dtype",
+            "draft.dispatch_dtype",
+        ),
     }
 )
-"""Fields of the section that speak of each role and mode, the more specific one first."""
+"""Keys that speak of each role and mode, the more specific one first."""
 
 
 def dispatch_override(
@@ -36,16 +43,17 @@ def dispatch_override(
     before the general one. ``auto`` is a word too: on the command line it takes back what a file
     says.
     """
-    origins = {name: resolved.origins[f"{SECTION}.{name}"] for name in FIELDS[role, mode]}
-    said = [name for name, origin in origins.items() if origin != DEFAULT]
+    origins = {key: resolved.origins[key] for key in FIELDS[role, mode]}
+    said = [key for key, origin in origins.items() if origin != DEFAULT]
     if not said:
         return None
     # Of equals the first is taken, which is the mode's own.
-    name = max(said, key=lambda name: resolved.sources.index(origins[name]))
-    value: str = getattr(resolved.config.dispatch, name)
+    key = max(said, key=lambda key: resolved.sources.index(origins[key]))
+    section, _, name = key.partition(".")
+    value: str = getattr(getattr(resolved.config, section), name)
     if value == "auto":
         return None
-    return Override(value=DispatchDtype(value), source=origins[name])
+    return Override(value=DispatchDtype(value), source=origins[key])
 
 
 def dispatch_overrides(

@@ -168,6 +168,9 @@ class PagedAttention:
         """How the tokens travel to their experts."""
         return self.layout.dispatch_mode
 
+    def accept(self, num_tokens: Sequence[int]) -> None:
+        """Nothing to do: a row past a request's tokens is written again before it is read."""
+
     @property
     def _is_sparse(self) -> bool:
         return self.index_topk is not None and self.max_context_len > self.index_topk

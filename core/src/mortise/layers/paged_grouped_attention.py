@@ -13,6 +13,8 @@ from mortise.kv.pages import PAGE_SIZE
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mortise.kv.key_values import KeyValuePool
     from mortise.layers.grouped_attention import GroupedProjections, GroupedQueryAttention
     from mortise.layers.paged_attention import BatchLayout
@@ -64,6 +66,9 @@ class PagedGroupedAttention:
     def dispatch_mode(self) -> DispatchMode:
         """How the tokens travel to their experts."""
         return self.layout.dispatch_mode
+
+    def accept(self, num_tokens: Sequence[int]) -> None:
+        """Nothing to do: a row past a request's tokens is written again before it is read."""
 
     def __call__(
         self, attention: GroupedQueryAttention, projections: GroupedProjections

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
@@ -65,6 +65,18 @@ class PagedPass(Protocol):
         """How the tokens travel to their experts."""
         ...
 
+    def accept(self, num_tokens: Sequence[int]) -> None:
+        """After a ``TARGET_VERIFY`` pass: keep what the first tokens of each request left.
+
+        Rows in pages need no care, since a row past a request's tokens is written again before it
+        is read. States are moved past the accepted tokens, and past no other; until then they are
+        those from before the pass.
+
+        Args:
+            num_tokens: accepted rows of each request, at least one, in the order of the layout.
+        """
+        ...
+
 
 class CausalLM(Protocol):
     """A language model of one role, built on bound hooks."""
@@ -90,12 +102,55 @@ class CausalLM(Protocol):
         """Plan one forward pass."""
         ...
 
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """``[T, H]`` of int64 token ids; the draft model reads them too."""
+        ...
+
     def run(self, token_ids_T: torch.Tensor, paged_pass: PagedPass) -> torch.Tensor:
-        """Hidden states ``[T, H]`` for :meth:`logits`; writes the tokens' rows to the cache."""
+        """Normalised hidden states ``[T, H]``, which :meth:`logits` and the draft model read.
+
+        Writes the tokens' rows to the cache.
+        """
         ...
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """float32 ``[T, vocab]``."""
+        ...
+
+
+class DraftModel(Protocol):
+    """A multi-token prediction layer, run as a model of the draft role with a cache of its own.
+
+    Row i reads the hidden state at position i beside the embedding of token i + 1, and predicts
+    token i + 2. The first draft reads the main model's hidden states, every further one those that
+    the draft itself gave. Embedding and head are the main model's: whoever runs a draft calls
+    ``embed`` and ``logits`` of the main model.
+    """
+
+    def finish_loading(self) -> Mapping[str, tuple[DispatchDecision, ...]]:
+        """See :meth:`CausalLM.finish_loading`."""
+        ...
+
+    def new_pool(
+        self, num_pages: int, dtype: torch.dtype, device: torch.device, num_slots: int = 0
+    ) -> CachePool:
+        """See :meth:`CausalLM.new_pool`; of the same pages as the main model's."""
+        ...
+
+    def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedPass:
+        """See :meth:`CausalLM.new_pass`."""
+        ...
+
+    def run(
+        self, embeddings_TH: torch.Tensor, hidden_TH: torch.Tensor, paged_pass: PagedPass
+    ) -> torch.Tensor:
+        """Normalised hidden states ``[T, H]`` for the main model's head and for the next draft.
+
+        Args:
+            embeddings_TH: of the token after each position.
+            hidden_TH: normalised hidden states of each position.
+            paged_pass: where the rows sit; they are written to the draft's cache.
+        """
         ...
 
 
@@ -125,4 +180,30 @@ class ModelFamily(Protocol):
 
     def skips(self, raw: Mapping[str, object], group: ExpertParallelGroup) -> tuple[Skip, ...]:
         """Tensors a checkpoint may hold beyond those, each with the reason why they are left."""
+        ...
+
+    def build_draft(self, raw: Mapping[str, object], context: LayerContext) -> DraftModel:
+        """The multi-token prediction layer, empty, as :meth:`build` makes the model.
+
+        Args:
+            raw: ``config.json`` of the directory that the layer is read from.
+            context: of the draft role.
+
+        Raises:
+            ModelConfigError: the configuration has no such layer.
+        """
+        ...
+
+    def draft_placements(self, draft: DraftModel, main: CausalLM) -> Iterable[Placement]:
+        """Where every tensor of the layer goes.
+
+        Embedding and head may be stored beside the layer once more; they are required to be the
+        main model's (:func:`~mortise.models.shared_tensors.same_as_main`).
+        """
+        ...
+
+    def draft_skips(
+        self, raw: Mapping[str, object], group: ExpertParallelGroup
+    ) -> tuple[Skip, ...]:
+        """All other tensors of the checkpoint, each with the reason why the draft leaves it."""
         ...

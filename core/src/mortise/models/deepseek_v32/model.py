@@ -79,6 +79,11 @@ class DeepseekV32ForCausalLM(nn.Module):
         assert isinstance(pool, LatentPool)
         return PagedAttention(self.context.ops, pool, layout, self.config.index_topk)
 
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """``[T, H]`` of int64 token ids."""
+        embedded: torch.Tensor = self.model.embed_tokens(token_ids_T)
+        return embedded
+
     def run(self, token_ids_T: torch.Tensor, paged_pass: PagedPass) -> torch.Tensor:
         """Normalised hidden states ``[T, H]`` of int64 token ids ``[T]``."""
         assert isinstance(paged_pass, PagedAttention)

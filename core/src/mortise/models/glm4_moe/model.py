@@ -76,6 +76,11 @@ class Glm4MoeForCausalLM(nn.Module):
         assert isinstance(pool, KeyValuePool)
         return PagedGroupedAttention(pool, layout)
 
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """``[T, H]`` of int64 token ids."""
+        embedded: torch.Tensor = self.model.embed_tokens(token_ids_T)
+        return embedded
+
     def run(self, token_ids_T: torch.Tensor, paged_pass: PagedPass) -> torch.Tensor:
         """Normalised hidden states ``[T, H]`` of int64 token ids ``[T]``."""
         assert isinstance(paged_pass, PagedGroupedAttention)

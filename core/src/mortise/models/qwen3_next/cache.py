@@ -9,6 +9,8 @@ from mortise.layers.paged_grouped_attention import PagedGroupedAttention
 from mortise.layers.slot_states import SlotStates
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from mortise.kv.key_values import KeyValuePool
@@ -56,3 +58,7 @@ class HybridPass:
     def dispatch_mode(self) -> DispatchMode:
         """How the tokens travel to their experts."""
         return self.attend.dispatch_mode
+
+    def accept(self, num_tokens: Sequence[int]) -> None:
+        """Move the states past the accepted tokens of a pass that verified."""
+        raise AssertionError("recurrent states cannot be moved back yet")
