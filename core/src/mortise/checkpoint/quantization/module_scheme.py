@@ -27,6 +27,8 @@ class ModuleScheme:
         dialect: who defined the names: ``fp8``, ``compressed-tensors``, ``modelopt``,
             ``modelslim``; empty where nothing is quantised.
         reason: which entry of which file says so.
+        notable: worth a line in reports though nothing is quantised: the tensors, or the user,
+            went before what the checkpoint says of the module.
     """
 
     scheme: WeightScheme = WeightScheme.FLOAT
@@ -36,6 +38,7 @@ class ModuleScheme:
     scale_format: ScaleFormat = ScaleFormat.FLOAT32
     dialect: str = ""
     reason: str = "the checkpoint is not quantised"
+    notable: bool = False
 
     def num_groups(self, in_features: int) -> int:
         """Groups of columns of a projection with ``in_features`` columns."""

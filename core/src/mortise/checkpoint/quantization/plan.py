@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from mortise.checkpoint.json_file import read_json_object
 from mortise.checkpoint.quantization.compressed_tensors import CompressedTensors
@@ -59,6 +59,28 @@ class QuantizationPlan:
         """
         modules = StoredModules(tensors)
         return cls(modules, dialect_of(directory, modules))
+
+    @classmethod
+    def read_draft(
+        cls,
+        directory: ModelDirectory,
+        tensors: CheckpointTensors,
+        quantization: Literal["auto", "none"],
+    ) -> QuantizationPlan:
+        """Likewise for the draft in a checkpoint, whose tensors go before what is said of them.
+
+        Args:
+            directory: the files of the model that the draft is read from.
+            tensors: its tensors.
+            quantization: ``none`` says that no module of the draft is quantised.
+
+        Raises:
+            ModelConfigError: a JSON file cannot be read.
+            QuantizationConfigError: as :meth:`read`.
+        """
+        if quantization == "none":
+            return cls(StoredModules(tensors))
+        return cls.read(directory, tensors)
 
     def scheme(self, module: str) -> ModuleScheme:
         """How one module is stored; FLOAT where the checkpoint holds no tensor of it.
