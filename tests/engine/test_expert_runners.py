@@ -12,6 +12,7 @@ from mortise.engine.expert_runners import runner_decisions
 from mortise.layers.moe import MoELayer
 from mortise.spec.capabilities import Support
 from mortise.spec.methods import ordinary_method
+from mortise.spec.roles import ModelRole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +35,6 @@ def test_layers_of_which_the_same_was_said_are_one_decision(tiny_model: Path) ->
     for layer in layers:
         layer.context = replace(layer.context, ops=replace(layer.context.ops, supports=supports))
         layer.finish_loading(torch.float32)
-    first, second = runner_decisions(model)
+    first, second = runner_decisions(ModelRole.MAIN, model)
     assert (first.subject, first.rule, first.value) == ("experts", "runner", "1 layers by swift")
     assert second.value == f"{len(layers) - 1} layers by keen (asked for)"

@@ -11,13 +11,13 @@ from mortise.backends import Decision
 from mortise.engine.limits import state_slots
 from mortise.engine.memory import memory_for, size_text
 from mortise.kv.pages import PAGE_SIZE
-from mortise.spec.roles import ModelRole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mortise.config import ResolvedConfig
-    from mortise.models.family import CachePool, CausalLM
+    from mortise.models.family import CachePool, CausalLM, DraftModel
+    from mortise.spec.roles import ModelRole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,9 @@ class CacheNeeds:
     state_bytes: int
 
     @classmethod
-    def of(cls, model: CausalLM, resolved: ResolvedConfig, dtype: torch.dtype) -> CacheNeeds:
+    def of(
+        cls, model: CausalLM | DraftModel, resolved: ResolvedConfig, dtype: torch.dtype
+    ) -> CacheNeeds:
         """Computed without taking any memory."""
         config, meta = resolved.config, torch.device("meta")
         num_pages, num_slots = config.cache.capacity_pages, state_slots(config.scheduler)
@@ -53,7 +55,7 @@ class CacheNeeds:
 
 
 def new_cache(
-    model: CausalLM, needs: CacheNeeds, dtype: torch.dtype, device: torch.device
+    model: CausalLM | DraftModel, needs: CacheNeeds, dtype: torch.dtype, device: torch.device
 ) -> CachePool:
     """The empty cache.
 
@@ -69,12 +71,14 @@ def new_cache(
         return model.new_pool(needs.num_pages, dtype, device, num_slots=needs.num_slots)
 
 
-def cache_decisions(needs: CacheNeeds, resolved: ResolvedConfig) -> Iterator[Decision]:
+def cache_decisions(
+    role: ModelRole, needs: CacheNeeds, resolved: ResolvedConfig
+) -> Iterator[Decision]:
     """What the cache is, for ``explain``; states in a line of their own."""
     cache = resolved.config.cache
     key = "cache.max_num_tokens" if cache.num_pages is None else "cache.num_pages"
     yield Decision(
-        role=ModelRole.MAIN,
+        role=role,
         subject="cache",
         value=f"{needs.num_pages} pages, {size_text(needs.page_bytes)}",
         rule="configuration",
@@ -84,7 +88,7 @@ def cache_decisions(needs: CacheNeeds, resolved: ResolvedConfig) -> Iterator[Dec
     if needs.state_bytes:
         key = "scheduler.max_num_seqs"
         yield Decision(
-            role=ModelRole.MAIN,
+            role=role,
             subject="recurrent states",
             value=f"{needs.num_slots} slots, {size_text(needs.state_bytes)}",
             rule="configuration",

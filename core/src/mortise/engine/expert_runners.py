@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 
 from mortise.backends import Decision
 from mortise.layers.moe import MoELayer
-from mortise.spec.roles import ModelRole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
+    from mortise.spec.roles import ModelRole
 
-def runner_decisions(model: nn.Module) -> Iterator[Decision]:
+
+def runner_decisions(role: ModelRole, model: nn.Module) -> Iterator[Decision]:
     """One decision for all layers of which the same was said; none where nothing was.
 
     Args:
+        role: of the model.
         model: loaded.
     """
     alike = Counter(
@@ -28,7 +30,7 @@ def runner_decisions(model: nn.Module) -> Iterator[Decision]:
     )
     for runner, count in alike.items():
         yield Decision(
-            role=ModelRole.MAIN,
+            role=role,
             subject="experts",
             value=f"{count} layers by {runner}",
             rule="runner",

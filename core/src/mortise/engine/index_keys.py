@@ -12,6 +12,19 @@ from mortise.spec.paged_mqa import IndexKeyDtype
 
 if TYPE_CHECKING:
     from mortise.backends import Ops
+    from mortise.config import ResolvedConfig
+
+
+def index_key_decision(
+    index_head_dim: int, resolved: ResolvedConfig, dtype: torch.dtype, ops: Ops
+) -> tuple[IndexKeyDtype, tuple[Decision, ...]]:
+    """What the configuration comes to for one model; no decision where it has no indexer."""
+    if not index_head_dim:
+        return IndexKeyDtype.COMPUTE, ()
+    chosen, decision = decide_index_key_dtype(
+        resolved.config.index_key_dtype, resolved.origins["index_key_dtype"], dtype, ops
+    )
+    return chosen, (decision,)
 
 
 def decide_index_key_dtype(

@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from mortise.backends import Decision, load_backend
 from mortise.checkpoint import CheckpointTensors, ModelDirectory, load_weights
 from mortise.checkpoint.quantization.plan import QuantizationPlan
+from mortise.engine.binding import bind_backend
 from mortise.engine.cache import CacheNeeds, cache_decisions, new_cache
 from mortise.engine.compute_dtype import decide_dtype
 from mortise.engine.default_sampling import default_sampling
 from mortise.engine.dispatch_modes import dispatch_modes
 from mortise.engine.dispatch_overrides import dispatch_overrides
+from mortise.engine.draft_loading import LoadedDraft, load_draft, open_draft
 from mortise.engine.expert_runners import runner_decisions
-from mortise.engine.index_keys import decide_index_key_dtype
+from mortise.engine.index_keys import index_key_decision
 from mortise.engine.joining import join_group
+from mortise.engine.load_decisions import (
+    dispatch_decisions,
+    model_decision,
+    sampling_decision,
+    scheme_decisions,
+    skip_decisions,
+)
 from mortise.engine.materialise import materialise
 from mortise.engine.threads import decide_threads
-from mortise.errors import BackendUnusableError
-from mortise.kv.pages import PAGE_SIZE
 from mortise.layers.context import LayerContext
-from mortise.layers.stored_tensors import StoredTensors
 from mortise.models.registry import family_of
-from mortise.spec.paged_mqa import IndexKeyDtype
-from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ModelRole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
-    from mortise.backends import BoundBackend, Ops
-    from mortise.checkpoint import LoadReport
+    from mortise.backends import BoundBackend, Decision
     from mortise.config import ResolvedConfig
     from mortise.engine.sampling_params import SamplingParams
     from mortise.env import Launch
     from mortise.models.family import CachePool, CausalLM, ModelFacts, ModelFamily
     from mortise.parallel.group import ExpertParallelGroup
     from mortise.spec.dispatch import DispatchDecision, DispatchMode
+    from mortise.spec.paged_mqa import IndexKeyDtype
 
     LoadProgress = Callable[[int, int], None]
     """Told the bytes loaded so far and the bytes of all."""
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model of one role with its weights, its cache and every decision on the way.
+    """A main model with its weights, its cache and every decision on the way.
 
     Args:
         directory: where it came from.
@@ -66,7 +68,8 @@ class LoadedModel:
         modes: exchanges that its passes may use.
         dispatch: what was decided for each layer of experts, one for each mode.
         default_sampling: how the model wants its tokens chosen when the user says nothing.
-        decisions: in the order in which they were taken.
+        draft: the model that drafts, if one does.
+        decisions: in the order in which they were taken; the draft's are its own.
         seconds: wall time from opening the directory.
     """
 
@@ -82,6 +85,7 @@ class LoadedModel:
     modes: tuple[DispatchMode, ...]
     dispatch: Mapping[str, tuple[DispatchDecision, ...]]
     default_sampling: SamplingParams
+    draft: LoadedDraft | None
     decisions: tuple[Decision, ...]
     seconds: float
 
@@ -110,10 +114,17 @@ def load_model(
     """
     started = time.perf_counter()
     opened = _open(resolved.config.model)
+    draft = None
+    if resolved.config.draft.num_tokens:
+        draft = open_draft(resolved.config.draft, opened.directory, opened.family, opened.facts)
     bound = bind_backend(resolved, launch)
+    draft_bound = None if draft is None else bind_backend(resolved, launch, ModelRole.DRAFT)
     group = join_group(launch, resolved, bound.ops.capabilities, opened.directory, opened.tensors)
     try:
-        return _load_joined(opened, resolved, bound, group, progress, started)
+        loaded = _load_main(opened, resolved, bound, group, progress)
+        if draft is not None and draft_bound is not None:
+            loaded = replace(loaded, draft=load_draft(draft, resolved, draft_bound, loaded))
+        return replace(loaded, seconds=time.perf_counter() - started)
     except BaseException as error:
         # The others would wait for a process that is not coming.
         group.close(error)
@@ -143,13 +154,12 @@ def _open(model: str) -> _Opened:
     )
 
 
-def _load_joined(
+def _load_main(
     opened: _Opened,
     resolved: ResolvedConfig,
     bound: BoundBackend,
     group: ExpertParallelGroup,
     progress: LoadProgress | None,
-    started: float,
 ) -> LoadedModel:
     ops, directory, tensors = bound.ops, opened.directory, opened.tensors
     family, facts, sampling = opened.family, opened.facts, opened.sampling
@@ -157,7 +167,9 @@ def _load_joined(
     dtype, dtype_decision = decide_dtype(
         resolved.config.dtype, resolved.origins["dtype"], facts.dtype, ops
     )
-    index_key_dtype, index_key_decisions = _index_keys(facts, resolved, dtype, ops)
+    index_key_dtype, index_key_decisions = index_key_decision(
+        facts.index_head_dim, resolved, dtype, ops
+    )
     plan = QuantizationPlan.read(directory, tensors)
     context = LayerContext(
         ops=ops,
@@ -202,59 +214,22 @@ def _load_joined(
         modes=modes,
         dispatch=MappingProxyType(dict(dispatch)),
         default_sampling=sampling,
+        draft=None,
         decisions=(
-            _model_decision(directory, facts),
+            model_decision(ops.role, directory, facts.architecture),
             *bound.decisions,
             dtype_decision,
             *index_key_decisions,
             threads_decision,
-            *_skip_decisions(report),
-            *_scheme_decisions(model),
-            *runner_decisions(model),
-            *_dispatch_decisions(dispatch),
-            _sampling_decision(directory, sampling),
-            *cache_decisions(needs, resolved),
+            *skip_decisions(ops.role, report),
+            *scheme_decisions(ops.role, model),
+            *runner_decisions(ops.role, model),
+            *dispatch_decisions(ops.role, dispatch),
+            sampling_decision(directory, sampling),
+            *cache_decisions(ops.role, needs, resolved),
         ),
-        seconds=time.perf_counter() - started,
+        seconds=0.0,
     )
-
-
-def bind_backend(resolved: ResolvedConfig, launch: Launch | None = None) -> BoundBackend:
-    """The configured backend for the main model.
-
-    Raises:
-        BackendError: it cannot be had, or serves no pages of the cache's size.
-    """
-    config = resolved.config
-    bound = load_backend(
-        config.backend,
-        role=ModelRole.MAIN,
-        device=config.device,
-        options_by_name=config.backend_options,
-        strict=config.strict,
-        source=resolved.origins["backend"],
-        local_rank=0 if launch is None else launch.local_rank,
-    )
-    served = bound.ops.capabilities.page_sizes
-    if PAGE_SIZE not in served:
-        raise BackendUnusableError(
-            f"backend {bound.ops.backend.name!r} serves no cache pages of {PAGE_SIZE} tokens",
-            reason=ReasonCode.REQUEST_UNSUPPORTED,
-            details=[f"it serves: {', '.join(map(str, sorted(served)))}"],
-            remedy="use another backend",
-        )
-    return bound
-
-
-def _index_keys(
-    facts: ModelFacts, resolved: ResolvedConfig, dtype: torch.dtype, ops: Ops
-) -> tuple[IndexKeyDtype, tuple[Decision, ...]]:
-    if not facts.index_head_dim:
-        return IndexKeyDtype.COMPUTE, ()
-    chosen, decision = decide_index_key_dtype(
-        resolved.config.index_key_dtype, resolved.origins["index_key_dtype"], dtype, ops
-    )
-    return chosen, (decision,)
 
 
 def _counting(
@@ -271,78 +246,3 @@ def _counting(
         progress(done, total)
 
     return count
-
-
-def _model_decision(directory: ModelDirectory, facts: ModelFacts) -> Decision:
-    return Decision(
-        role=ModelRole.MAIN,
-        subject="model",
-        value=facts.architecture,
-        rule="checkpoint",
-        reason="the family that answers to model_type",
-        source=str(directory.path / "config.json"),
-    )
-
-
-def _skip_decisions(report: LoadReport) -> Iterator[Decision]:
-    for reason, count in Counter(report.skipped.values()).items():
-        yield Decision(
-            role=ModelRole.MAIN,
-            subject="weights",
-            value=f"{count} tensors not loaded",
-            rule="skip",
-            reason=reason,
-        )
-
-
-def _scheme_decisions(model: nn.Module) -> Iterator[Decision]:
-    """How the quantised projections are stored; those that are stored alike in one line."""
-    alike = Counter(
-        module.stored
-        for module in model.modules()
-        if isinstance(module, StoredTensors) and module.stored.dialect
-    )
-    for stored, count in alike.items():
-        groups = "" if stored.group_size is None else f" in groups of {stored.group_size}"
-        yield Decision(
-            role=ModelRole.MAIN,
-            subject="weights",
-            value=f"{count} projections {stored.scheme}{groups}",
-            rule="checkpoint",
-            reason=stored.reason,
-            source=stored.dialect,
-        )
-
-
-def _dispatch_decisions(
-    dispatch: Mapping[str, tuple[DispatchDecision, ...]],
-) -> Iterator[Decision]:
-    for layer, decisions in dispatch.items():
-        for decision in decisions:
-            rows = decision.format
-            value = f"{rows.dtype}, {rows.row_layout}, {rows.mode}"
-            asked = decision.asked
-            yield Decision(
-                role=ModelRole.MAIN,
-                subject=layer,
-                value=value if asked is None else f"{value} instead of {asked}",
-                rule=decision.rule,
-                reason=decision.reason,
-                source=decision.source,
-            )
-
-
-def _sampling_decision(directory: ModelDirectory, sampling: SamplingParams) -> Decision:
-    filters = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}"
-    value = "greedy" if sampling.is_greedy else f"{filters}, top_k {sampling.top_k}"
-    is_default = sampling.is_greedy and not sampling.token_healing
-    return Decision(
-        role=ModelRole.MAIN,
-        subject="sampling",
-        value=f"{value}, token healing" if sampling.token_healing else value,
-        rule="default" if is_default else "checkpoint",
-        reason="generation_config.json does not ask for sampling"
-        if is_default
-        else "generation_config.json recommends it; a request can ask otherwise",
-        source=str(directory.path),
-    )
