@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from mortise.errors import ModelConfigError
 from mortise.layers.grouped_attention import GroupedShape
@@ -28,6 +36,7 @@ class Qwen3NextConfig(BaseModel):
     ``partial_rotary_factor``, and transformers 5's ``rope_parameters``. The three positions that
     Qwen3.5 has of a token (``mrope_section``) are one and the same in a text. ``qwen3_5_moe`` is a
     model of texts and pictures, whose ``text_config`` holds the fields of ``qwen3_5_moe_text``.
+    Qwen3-Next says nothing of its multi-token prediction layer, and has one.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -66,6 +75,9 @@ class Qwen3NextConfig(BaseModel):
     norm_topk_prob: bool = True
     decoder_sparse_step: PositiveInt = 1
     mlp_only_layers: tuple[int, ...] = ()
+
+    mtp_num_hidden_layers: NonNegativeInt = 1
+    mtp_use_dedicated_embeddings: bool = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, object]) -> Self:

@@ -8,13 +8,14 @@ from mortise.models.family import ModelFacts
 from mortise.models.qwen3_next import weights
 from mortise.models.qwen3_next.config import Qwen3NextConfig
 from mortise.models.qwen3_next.model import Qwen3NextForCausalLM
+from mortise.models.qwen3_next.mtp import Qwen3NextDraft
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mortise.checkpoint.placement import Placement, Skip
     from mortise.layers.context import LayerContext
-    from mortise.models.family import CausalLM
+    from mortise.models.family import CausalLM, DraftModel
     from mortise.parallel.group import ExpertParallelGroup
 
 
@@ -51,3 +52,19 @@ class Qwen3NextFamily:
     def skips(self, raw: Mapping[str, object], group: ExpertParallelGroup) -> tuple[Skip, ...]:
         """See :class:`~mortise.models.family.ModelFamily`."""
         return weights.skips(Qwen3NextConfig.from_dict(raw), group)
+
+    def build_draft(self, raw: Mapping[str, object], context: LayerContext) -> DraftModel:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        return Qwen3NextDraft(Qwen3NextConfig.from_dict(raw), context)
+
+    def draft_placements(self, draft: DraftModel, main: CausalLM) -> Iterable[Placement]:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        assert isinstance(draft, Qwen3NextDraft)
+        assert isinstance(main, Qwen3NextForCausalLM)
+        return weights.draft_placements(draft, main)
+
+    def draft_skips(
+        self, raw: Mapping[str, object], group: ExpertParallelGroup
+    ) -> tuple[Skip, ...]:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        return weights.draft_skips(Qwen3NextConfig.from_dict(raw), group)

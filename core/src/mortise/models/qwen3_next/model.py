@@ -11,71 +11,21 @@ from torch import nn
 from mortise.kv.key_values import KeyValuePool
 from mortise.kv.recurrent import RecurrentPool
 from mortise.layers.finish import finish_loading
-from mortise.layers.gated_delta_net import GatedDeltaNet, Recur
-from mortise.layers.grouped_attention import GroupedAttend, GroupedQueryAttention
-from mortise.layers.mlp import SwiGLU
-from mortise.layers.moe import MoELayer, RoutedExperts
 from mortise.layers.norm import ZeroCentredRMSNorm
-from mortise.layers.rotary import RotaryEmbedding, Rotation
-from mortise.layers.router import SoftmaxRouter
-from mortise.layers.shared_expert import GatedSharedExpert
+from mortise.layers.rotary import RotaryEmbedding
 from mortise.models.qwen3_next.cache import HybridPass, HybridPool
+from mortise.models.qwen3_next.layer import decoder_layer
 from mortise.spec.dispatch import DispatchMode
 
 if TYPE_CHECKING:
     from mortise.layers.context import LayerContext
+    from mortise.layers.gated_delta_net import Recur
+    from mortise.layers.grouped_attention import GroupedAttend
     from mortise.layers.paged_attention import BatchLayout
+    from mortise.layers.rotary import Rotation
     from mortise.models.family import CachePool, PagedPass
     from mortise.models.qwen3_next.config import Qwen3NextConfig
     from mortise.spec.dispatch import DispatchDecision
-
-
-class DecoderLayer(nn.Module):
-    """A gated delta net or attention, then experts, each behind a norm and beside a residual.
-
-    Args:
-        index: place of the layer in the checkpoint's numbering.
-    """
-
-    def __init__(self, config: Qwen3NextConfig, index: int, context: LayerContext) -> None:
-        super().__init__()
-        name = f"{config.decoder_name}.layers.{index}"
-        self.schemes = context.schemes
-        self.linear_attn: GatedDeltaNet | None = None
-        self.self_attn: GroupedQueryAttention | None = None
-        if config.is_recurrent(index):
-            self.linear_attn = _delta_net(config, index, f"{name}.linear_attn", context)
-        else:
-            self.self_attn = _attention(config, index, f"{name}.self_attn", context)
-        self.mlp: SwiGLU | MoELayer
-        if config.is_dense(index):
-            self.mlp = SwiGLU(context, f"{name}.mlp", config.hidden_size, config.intermediate_size)
-        else:
-            self.mlp = _moe(config, f"{name}.mlp", context)
-        self.input_layernorm = ZeroCentredRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = ZeroCentredRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_TH: torch.Tensor,
-        rotation: Rotation,
-        attend: GroupedAttend,
-        recur: Recur,
-        mode: DispatchMode = DispatchMode.NORMAL,
-    ) -> torch.Tensor:
-        """``[T, H]`` to ``[T, H]``; ``mode`` is how tokens travel to their experts."""
-        normalised_TH = self.input_layernorm(hidden_TH)
-        if self.linear_attn is not None:
-            hidden_TH = hidden_TH + self.linear_attn(normalised_TH, recur)
-        else:
-            assert self.self_attn is not None
-            hidden_TH = hidden_TH + self.self_attn(normalised_TH, rotation, attend)
-        normalised_TH = self.post_attention_layernorm(hidden_TH)
-        if isinstance(self.mlp, MoELayer):
-            output_TH: torch.Tensor = hidden_TH + self.mlp(normalised_TH, mode)
-        else:
-            output_TH = hidden_TH + self.mlp(normalised_TH)
-        return output_TH
 
 
 class Qwen3NextModel(nn.Module):
@@ -89,7 +39,7 @@ class Qwen3NextModel(nn.Module):
             _weight=torch.empty(config.vocab_size, config.hidden_size),
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, context) for index in range(config.num_hidden_layers)
+            decoder_layer(config, index, context) for index in range(config.num_hidden_layers)
         )
         self.norm = ZeroCentredRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -127,10 +77,7 @@ class Qwen3NextForCausalLM(nn.Module):
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        with torch.device("cpu"):
-            self.rotary = RotaryEmbedding(
-                config.rotary_dim, config.rope_theta, config.max_position_embeddings, config.yarn
-            )
+        self.rotary = rotary_embedding(config)
 
     def finish_loading(self) -> dict[str, tuple[DispatchDecision, ...]]:
         """Let every layer decide and prepare; after loading and after weight updates."""
@@ -196,50 +143,9 @@ class Qwen3NextForCausalLM(nn.Module):
         return F.linear(hidden_TH, head.weight).float()
 
 
-def _delta_net(
-    config: Qwen3NextConfig, index: int, name: str, context: LayerContext
-) -> GatedDeltaNet:
-    return GatedDeltaNet(
-        config.place(index),
-        context,
-        name,
-        hidden_size=config.hidden_size,
-        shape=config.qkv_shape(),
-        conv_kernel_size=config.linear_conv_kernel_dim,
-        rms_norm_eps=config.rms_norm_eps,
-    )
-
-
-def _attention(
-    config: Qwen3NextConfig, index: int, name: str, context: LayerContext
-) -> GroupedQueryAttention:
-    return GroupedQueryAttention(
-        config.place(index),
-        config.attention_shape(),
-        context,
-        name,
-        qk_norm=lambda size: ZeroCentredRMSNorm(size, config.rms_norm_eps),
-    )
-
-
-def _moe(config: Qwen3NextConfig, name: str, context: LayerContext) -> MoELayer:
-    return MoELayer(
-        context,
-        name,
-        router=SoftmaxRouter(
-            hidden_size=config.hidden_size,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            norm_topk_prob=config.norm_topk_prob,
-        ),
-        experts=RoutedExperts(
-            context,
-            f"{name}.experts",
-            config.num_experts,
-            config.hidden_size,
-            config.moe_intermediate_size,
-        ),
-        shared_experts=GatedSharedExpert(
-            context, name, config.hidden_size, config.shared_expert_intermediate_size
-        ),
-    )
+def rotary_embedding(config: Qwen3NextConfig) -> RotaryEmbedding:
+    """The rotations that all layers share."""
+    with torch.device("cpu"):
+        return RotaryEmbedding(
+            config.rotary_dim, config.rope_theta, config.max_position_embeddings, config.yarn
+        )

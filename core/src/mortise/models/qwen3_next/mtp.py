@@ -1,0 +1,127 @@
+"""The multi-token prediction layer, which guesses one token further than the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mortise.errors import ModelConfigError
+from mortise.kv.key_values import KeyValuePool
+from mortise.layers.finish import finish_loading
+from mortise.layers.linear import linear
+from mortise.layers.norm import ZeroCentredRMSNorm
+from mortise.layers.paged_grouped_attention import PagedGroupedAttention
+from mortise.models.qwen3_next.layer import draft_layer
+from mortise.models.qwen3_next.model import rotary_embedding
+
+if TYPE_CHECKING:
+    from mortise.layers.context import LayerContext
+    from mortise.layers.paged_attention import BatchLayout
+    from mortise.models.family import CachePool, PagedPass
+    from mortise.models.qwen3_next.config import Qwen3NextConfig
+    from mortise.spec.dispatch import DispatchDecision
+
+DRAFT_LAYER = "mtp.layers.0"
+"""Dotted name of the one layer in the checkpoint, of all the family."""
+DRAFT_PROJECTION = "mtp.fc"
+"""What joins embedding and hidden state."""
+
+
+class Qwen3NextDraft(nn.Module):
+    """One layer of attention and experts that reads what the model knows of a token and the next.
+
+    The layer attends even where nearly all of the model's are gated delta nets, so that it keeps no
+    states (vLLM 0.19 ``qwen3_next_mtp.py`` and ``qwen3_5_mtp.py``; SGLang's of the same names).
+    Parameters are created empty on the current torch device and dtype; fill them with the
+    placements of ``weights.py``, then call :meth:`finish_loading`.
+
+    Args:
+        config: the main model's configuration.
+        context: hooks, stored schemes, and the other surroundings of the draft role.
+
+    Raises:
+        ModelConfigError: the configuration says that there is no such layer, or that it has an
+            embedding of its own.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, context: LayerContext) -> None:
+        super().__init__()
+        _require_layer(config)
+        self.config = config
+        self.context = context
+        hidden_size, eps = config.hidden_size, config.rms_norm_eps
+        self.pre_fc_norm_embedding = ZeroCentredRMSNorm(hidden_size, eps)
+        self.pre_fc_norm_hidden = ZeroCentredRMSNorm(hidden_size, eps)
+        self.fc = linear(context, [DRAFT_PROJECTION], 2 * hidden_size, hidden_size)
+        self.layer = draft_layer(config, DRAFT_LAYER, context)
+        self.norm = ZeroCentredRMSNorm(hidden_size, eps)
+        self.rotary = rotary_embedding(config)
+
+    def finish_loading(self) -> dict[str, tuple[DispatchDecision, ...]]:
+        """Let the layer decide and prepare; after loading and after weight updates."""
+        norm = self.norm.weight
+        self.rotary.to(norm.device)
+        return finish_loading(self, norm.dtype)
+
+    def new_pool(
+        self,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_slots: int = 0,  # noqa: ARG002
+    ) -> KeyValuePool:
+        """An empty cache for the one layer, which keeps no states."""
+        return KeyValuePool(
+            num_layers=1,
+            num_pages=num_pages,
+            num_heads=self.config.num_key_value_heads,
+            key_dim=self.config.head_dim,
+            value_dim=self.config.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+
+    def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedGroupedAttention:
+        """Plan one forward pass over the cache."""
+        assert isinstance(pool, KeyValuePool)
+        return PagedGroupedAttention(pool, layout)
+
+    def run(
+        self, embeddings_TH: torch.Tensor, hidden_TH: torch.Tensor, paged_pass: PagedPass
+    ) -> torch.Tensor:
+        """Normalised hidden states ``[T, H]`` for the main model's head and for the next draft.
+
+        Args:
+            embeddings_TH: of the token after each position.
+            hidden_TH: normalised hidden states of each position.
+            paged_pass: where the rows sit; they are written to the draft's cache.
+        """
+        assert isinstance(paged_pass, PagedGroupedAttention)
+        embeddings_TH = self.pre_fc_norm_embedding(embeddings_TH)
+        hidden_TH = self.pre_fc_norm_hidden(hidden_TH)
+        output_TH = self.layer(
+            self.fc(torch.cat([embeddings_TH, hidden_TH], dim=-1)),
+            self.rotary(paged_pass.positions),
+            paged_pass,
+            None,
+            paged_pass.dispatch_mode,
+        )
+        normalised: torch.Tensor = self.norm(output_TH)
+        return normalised
+
+
+def _require_layer(config: Qwen3NextConfig) -> None:
+    if not config.mtp_num_hidden_layers:
+        raise ModelConfigError(
+            "mtp_num_hidden_layers is 0: the model has no multi-token prediction layer",
+            expected="at least 1 to draft with it",
+            remedy="set draft.num_tokens to 0, or name a model that has the layer in draft.model",
+        )
+    if config.mtp_use_dedicated_embeddings:
+        raise ModelConfigError(
+            "mtp_use_dedicated_embeddings is true: the layer has an embedding of its own",
+            expected="false: a draft reads the main model's embedding",
+            remedy="set draft.num_tokens to 0",
+        )
