@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import torch
 
@@ -22,6 +22,10 @@ class Filter(NamedTuple):
     top_p: float
 
 
+# Logits divided by less than this could leave what float32 holds.
+_SMALL_TEMPERATURE: Final = 1e-25
+
+
 def sample(logits_BV: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     """One token for each row.
 
@@ -34,20 +38,53 @@ def sample(logits_BV: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         requests: whose rows they are.
     """
     logits_BV = constrained(logits_BV, requests)
+    tokens = [0] * len(requests)
+    for shape, rows in _by_filter(requests).items():
+        some = [requests[row] for row in rows]
+        for row, token in zip(rows, _sample_group(_of(logits_BV, rows), shape, some), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def distributions(logits_BV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """What each row's token is drawn from, after its request's temperature and filters.
+
+    Args:
+        logits_BV: float32, unchanged by this; of all tokens that the request may take, see
+            :func:`constrained`.
+        requests: whose rows they are.
+
+    Returns:
+        float32 ``[B, V]``; each row sums to one, and is all on the most likely token where the
+        request is greedy.
+    """
+    weights_BV = torch.empty_like(logits_BV)
+    for shape, rows in _by_filter(requests).items():
+        weights_BV[rows] = _distributions_of_group(_of(logits_BV, rows), shape)
+    return weights_BV
+
+
+def draws(requests: Sequence[Request]) -> list[float]:
+    """One random number in [0, 1) from each request.
+
+    24 bits are what a float32 below one holds exactly.
+    """
+    return [request.random.getrandbits(24) * 2.0**-24 for request in requests]
+
+
+def _by_filter(requests: Sequence[Request]) -> dict[Filter, list[int]]:
+    """The rows of requests that agree in how they are sampled."""
     groups: dict[Filter, list[int]] = {}
     for row, request in enumerate(requests):
         params = request.params
         shape = Filter(params.temperature, params.top_k, params.top_p)
         groups.setdefault(shape, []).append(row)
-    if len(groups) == 1:
-        (shape,) = groups
-        return _sample_group(logits_BV, shape, requests)
-    tokens = [0] * len(requests)
-    for shape, rows in groups.items():
-        chosen = _sample_group(logits_BV[rows], shape, [requests[row] for row in rows])
-        for row, token in zip(rows, chosen, strict=True):
-            tokens[row] = token
-    return tokens
+    return groups
+
+
+def _of(logits_BV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Some rows, in ascending order; not copied if they are all."""
+    return logits_BV if len(rows) == len(logits_BV) else logits_BV[rows]
 
 
 def constrained(logits_BV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -72,14 +109,22 @@ def constrained(logits_BV: torch.Tensor, requests: Sequence[Request]) -> torch.T
 def _sample_group(logits_GV: torch.Tensor, shape: Filter, requests: Sequence[Request]) -> list[int]:
     if shape.temperature == 0.0:
         return cast("list[int]", logits_GV.argmax(dim=-1).tolist())
-    # 24 bits are what a float32 below one holds exactly.
-    draws = [request.random.getrandbits(24) * 2.0**-24 for request in requests]
-    draws_G1 = torch.tensor(draws, dtype=torch.float32, device=logits_GV.device).unsqueeze(1)
     weights_GC, token_ids_GC = candidates(logits_GV, shape)
-    places_G1 = pick(weights_GC, draws_G1)
+    places_G1 = pick(weights_GC, as_column(draws(requests), logits_GV.device))
     if token_ids_GC is not None:
         places_G1 = token_ids_GC.gather(1, places_G1)
     return cast("list[int]", places_G1.squeeze(1).tolist())
+
+
+def _distributions_of_group(logits_GV: torch.Tensor, shape: Filter) -> torch.Tensor:
+    if shape.temperature == 0.0:
+        best_G1 = logits_GV.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits_GV).scatter_(1, best_G1, 1.0)
+    weights_GC, token_ids_GC = candidates(logits_GV, shape)
+    if token_ids_GC is None:
+        return weights_GC
+    weights_GC = weights_GC / weights_GC.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(logits_GV).scatter_(1, token_ids_GC, weights_GC)
 
 
 def candidates(logits_GV: torch.Tensor, shape: Filter) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -89,7 +134,7 @@ def candidates(logits_GV: torch.Tensor, shape: Filter) -> tuple[torch.Tensor, to
         float32 ``[G, C]``, zero for tokens that ``top_p`` leaves out and not normalised again; and
         the tokens they belong to, int64 ``[G, C]``, or None where column is token.
     """
-    scaled_GV = logits_GV / shape.temperature
+    scaled_GV = _tempered(logits_GV, shape.temperature)
     if shape.top_k == 0 and shape.top_p == 1.0:
         return scaled_GV.softmax(dim=-1), None
     if 0 < shape.top_k < scaled_GV.shape[1]:
@@ -101,6 +146,19 @@ def candidates(logits_GV: torch.Tensor, shape: Filter) -> tuple[torch.Tensor, to
         before_GC = weights_GC.cumsum(dim=-1) - weights_GC
         weights_GC = weights_GC.masked_fill(before_GC >= shape.top_p, 0.0)
     return weights_GC, token_ids_GC
+
+
+def _tempered(logits_GV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The logits divided by the temperature; the most likely ones become 0 where it is small."""
+    if temperature >= _SMALL_TEMPERATURE:
+        return logits_GV / temperature
+    below_GV = logits_GV - logits_GV.amax(dim=-1, keepdim=True)
+    return below_GV / max(temperature, torch.finfo(torch.float32).tiny)
+
+
+def as_column(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Random numbers as :func:`pick` takes them, float32 ``[G, 1]``."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device).unsqueeze(1)
 
 
 def pick(weights_GC: torch.Tensor, draws_G1: torch.Tensor) -> torch.Tensor:
