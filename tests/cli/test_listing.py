@@ -74,7 +74,7 @@ def test_explain_shows_values_with_origins_and_decisions_with_reasons(
     assert 'backend "reference" default' in lines
     for hook, spec in HOOKS.items():
         assert any(
-            line.startswith(f"{hook} {spec.phase} reference (mortise-core 0.1.0) implemented")
+            line.startswith(f"main {hook} {spec.phase} reference (mortise-core 0.1.0) implemented")
             for line in lines
         )
     assert "main dtype bfloat16 override configured command line --dtype" in lines

@@ -27,6 +27,7 @@ def test_rows_say_type_and_default() -> None:
     rows = {row.key: row for row in config_rows()}
     assert rows["cache.page_size"][1:3] == ("only 64", "64")
     assert rows["cache.num_pages"][1:3] == ("integer, at least 1", "unset")
+    assert rows["draft.num_tokens"][1:3] == ("integer, 0 to 16", "0")
     assert rows["dtype"][1:3] == ('"auto", "bfloat16", "float32"', '"auto"')
     assert rows["backend_options"][1:3] == ("table of tables", "{}")
     assert rows["strict"][1:3] == ("boolean", "false")

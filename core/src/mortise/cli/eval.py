@@ -58,17 +58,18 @@ def evaluate(file: str | None, as_json: bool, **options: Any) -> None:
     the likeliest token is the unquantised model's, and the mean Kullback-Leibler divergence from
     its predictions, each with its standard error over windows. All models are in memory together.
     bf16 is the unquantised model computed in bfloat16. --dispatch-dtype is not for the model that
-    the others are compared with: it stays the same whatever is asked of them.
+    the others are compared with: it stays the same whatever is asked of them. Drafting changes no
+    prediction, so no draft model is loaded.
     """
+    from mortise.cli.eval_configuration import with_own_dispatch, without_draft
     from mortise.cli.eval_measure import Reading, compare, score_alone
     from mortise.cli.eval_rows import draw_rows, row_fields, show
-    from mortise.cli.eval_schemes import with_own_dispatch
     from mortise.cli.session import load_llm
     from mortise.evaluation.texts import TEXT_FILE, held_out_directory, read_documents
 
     asked = _comparison(options)
     plot = _plot(options["plot"], asked)
-    resolved = resolve_options(options)
+    resolved = without_draft(resolve_options(options))
     path = Path(file) if file is not None else held_out_directory() / TEXT_FILE
     found = read_documents(path)[: _at_least_one("--documents", options["documents"])]
     told: set[str] = set()

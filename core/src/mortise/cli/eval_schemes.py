@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from mortise.cli.eval_configuration import with_fields, with_own_dispatch
 from mortise.cli.session import load_llm
 from mortise.cli.speaker import own_launch
-from mortise.config.resolve import DEFAULT
-from mortise.config.table import FrozenTable
 from mortise.errors import (
     BackendError,
     ConfigError,
@@ -199,40 +198,10 @@ def load_others(resolved: ResolvedConfig, asked: Asked, told: set[str]) -> list[
     ]
 
 
-def with_own_dispatch(resolved: ResolvedConfig) -> ResolvedConfig:
-    """The same configuration without the user's word on dispatch formats.
-
-    For the model that others are compared with: it stays the same whatever is asked of them, and
-    experts that are not quantised take nothing but rows as they are.
-    """
-    from mortise.engine.dispatch_overrides import FIELDS
-    from mortise.spec.roles import ModelRole
-
-    keys = {key for (role, _), pair in FIELDS.items() if role is ModelRole.MAIN for key in pair}
-    names = {key.removeprefix("dispatch.") for key in keys}
-    silent = {name: type(resolved.config.dispatch).model_fields[name].default for name in names}
-    return replace(
-        resolved,
-        config=resolved.config.model_copy(
-            update={"dispatch": resolved.config.dispatch.model_copy(update=silent)}
-        ),
-        origins=FrozenTable({**resolved.origins, **dict.fromkeys(keys, DEFAULT)}),
-    )
-
-
 def _load(resolved: ResolvedConfig, name: str, told: set[str]) -> MeasuredModel:
     llm = load_llm(resolved, told)
     num_bytes = weights_of(llm.loaded.directory).num_bytes
     return MeasuredModel(name=name, llm=llm, weight_bytes=num_bytes)
-
-
-def with_fields(resolved: ResolvedConfig, source: str, **fields: str) -> ResolvedConfig:
-    """The same configuration with other values."""
-    return replace(
-        resolved,
-        config=resolved.config.model_copy(update=fields),
-        origins=FrozenTable({**resolved.origins, **dict.fromkeys(fields, source)}),
-    )
 
 
 def require_comparable(

@@ -26,8 +26,8 @@ def explain(as_json: bool, **options: Any) -> None:
 
     The backend is bound and the model is loaded as for `mortise generate`; nothing is compiled or
     generated.
-    Shown are the configuration with the origin of every value, who answers each hook, and every
-    decision with its rule and reason.
+    Shown are the configuration with the origin of every value, who answers each hook for each
+    model, main and draft, and every decision with its rule and reason.
     """
     from mortise.cli.session import load_llm
 
@@ -60,7 +60,7 @@ def _document(llm: LLM) -> dict[str, Any]:
 
 def _decision_fields(decision: Decision) -> dict[str, Any]:
     return {
-        "role": None if decision.role is None else decision.role.value,
+        "role": _role(decision) or None,
         "subject": decision.subject,
         "value": decision.value,
         "rule": str(decision.rule),
@@ -84,13 +84,20 @@ def _show(llm: LLM) -> None:
         )
     )
     console.print()
-    hooks = {decision.subject: decision for decision in llm.decisions if decision.subject in HOOKS}
     console.print(
         table(
-            ("hook", "runs in phase", "answered by", "rule", "reason"),
+            ("role", "hook", "runs in phase", "answered by", "rule", "reason"),
             [
-                (name, HOOKS[name].phase.value, one.value, str(one.rule), one.reason)
-                for name, one in hooks.items()
+                (
+                    _role(one),
+                    one.subject,
+                    HOOKS[one.subject].phase.value,
+                    one.value,
+                    str(one.rule),
+                    one.reason,
+                )
+                for one in llm.decisions
+                if one.subject in HOOKS
             ],
             title="Hooks",
         )
@@ -100,20 +107,18 @@ def _show(llm: LLM) -> None:
         table(
             ("role", "subject", "decision", "rule", "reason", "from"),
             [
-                (
-                    one.role.value if one.role else "",
-                    one.subject,
-                    one.value,
-                    str(one.rule),
-                    one.reason,
-                    one.source,
-                )
+                (_role(one), one.subject, one.value, str(one.rule), one.reason, one.source)
                 for one in llm.decisions
                 if one.subject not in HOOKS
             ],
             title="Decisions",
         )
     )
+
+
+def _role(decision: Decision) -> str:
+    """The model that a decision holds for; empty for the whole run."""
+    return "" if decision.role is None else decision.role.value
 
 
 def configuration_rows(resolved: ResolvedConfig) -> Iterator[tuple[str, Any, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -25,9 +26,17 @@ CONFIGURATION_OPTIONS: Final = (
     ("--device", "device", "device"),
     ("--dtype", "dtype", "dtype"),
     ("--dispatch-dtype", "dispatch_dtype", "dispatch.dtype"),
+    ("--draft", "draft", "draft.num_tokens"),
+    ("--draft-model", "draft_model", "draft.model"),
+    ("--draft-quantization", "draft_quantization", "draft.quantization"),
     ("--draft-dispatch-dtype", "draft_dispatch_dtype", "draft.dispatch_dtype"),
     ("--threads", "threads", "threads"),
     ("--strict", "strict", "strict"),
+)
+
+# What is said of a draft model that there may not be.
+OPTIONS_OF_A_DRAFT: Final = MappingProxyType(
+    {name: flag for flag, name, _ in CONFIGURATION_OPTIONS if name.startswith("draft_")}
 )
 
 
@@ -57,9 +66,28 @@ def configuration_options(command: Command) -> Command:
                 help="Format in which tokens travel to the experts.",
             ),
             click.option(
+                "--draft",
+                type=int,
+                metavar="K",
+                help="Tokens that the model's multi-token prediction layer drafts a step; 0 drafts"
+                " none.  [default: 0]",
+            ),
+            click.option(
+                "--draft-model",
+                metavar="PATH",
+                help="Model directory whose multi-token prediction layer drafts."
+                "  [default: the model's own]",
+            ),
+            click.option(
+                "--draft-quantization",
+                metavar="auto|none",
+                help="How the draft model is quantised: auto is as its checkpoint says, none is"
+                " not at all.",
+            ),
+            click.option(
                 "--draft-dispatch-dtype",
                 metavar="auto|bf16|fp8|int8|nvfp4",
-                help="The same for the draft model.",
+                help="Format in which tokens travel to the draft model's experts.",
             ),
             click.option("--threads", type=int, help="Threads of one operation on the processor."),
             click.option(
@@ -104,6 +132,7 @@ def resolve_options(options: Mapping[str, Any]) -> ResolvedConfig:
 
     Raises:
         ConfigError: a key or a value is wrong, wherever it came from.
+        click.UsageError: an option is about a draft model, and nothing drafts.
     """
     from mortise.config import resolve
     from mortise.env import read_environment
@@ -113,7 +142,19 @@ def resolve_options(options: Mapping[str, Any]) -> ResolvedConfig:
         environment = read_environment()
     for warning in caught:
         show_warning(str(warning.message))
-    return resolve(configuration_layers(environment, options))
+    resolved = resolve(configuration_layers(environment, options))
+    _require_draft(resolved, options)
+    return resolved
+
+
+def _require_draft(resolved: ResolvedConfig, options: Mapping[str, Any]) -> None:
+    """Refuse options without an effect; beside ``--draft 0`` they are switched off on purpose."""
+    given = [flag for name, flag in OPTIONS_OF_A_DRAFT.items() if options[name] is not None]
+    if given and options["draft"] is None and not resolved.config.draft.num_tokens:
+        verb = "has" if len(given) == 1 else "have"
+        raise click.UsageError(
+            f"{' and '.join(given)} {verb} no effect without --draft K or draft.num_tokens"
+        )
 
 
 def configuration_layers(environment: Environment, options: Mapping[str, Any]) -> list[Layer]:

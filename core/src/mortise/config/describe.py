@@ -84,7 +84,12 @@ def type_text(schema: dict[str, Any]) -> str:
     name = str(schema["type"])
     if name == "object":
         return "table of tables"
-    return f"{name}, at least {schema['minimum']}" if "minimum" in schema else name
+    match schema:
+        case {"minimum": least, "maximum": most}:
+            return f"{name}, {least} to {most}"
+        case {"minimum": least}:
+            return f"{name}, at least {least}"
+    return name
 
 
 def reference_page() -> str:

@@ -109,6 +109,8 @@ def expected_text(detail: ErrorDetails) -> str:
             return str(context["expected"])
         case "greater_than_equal":
             return f"an integer of at least {context['ge']}"
+        case "less_than_equal":
+            return f"an integer of at most {context['le']}"
         case "string_too_short":
             return "a string that is not empty"
     return detail["msg"].removeprefix("Input should be ")
