@@ -99,8 +99,8 @@ def mtp_score(model: LanguageModel, tokens_N: TokenIds, length: int, topk: int) 
         next_T = window_T[1:-1]
         rotation = model.main.rotary(torch.arange(len(next_T)))
         further_TH = model.mtp(
-            hidden_TH[:-1],
             model.main.model.embed_tokens(next_T),
+            hidden_TH[:-1],
             rotation,
             IndexedAttention(1, topk),
         )

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from mortise.checkpoint.save import save_checkpoint, write_json
 from mortise.evaluation.texts import NGRAMS_FILE, TEXT_FILE
-from mortise.models.deepseek_v32.weights import mtp_placements, placements
+from mortise.models.decoder_weights import decoder_placements
+from mortise.models.nextn import nextn_placements
 from training import checkpoints
 from training.card import model_card
 from training.evaluate import evaluate
@@ -53,8 +54,9 @@ def new_model(recipe: Recipe) -> LanguageModel:
 
 def all_placements(model: LanguageModel) -> Iterator[Placement]:
     """Yield every tensor of the main model and of the MTP layer under the hub's names."""
-    yield from placements(model.main)
-    yield from mtp_placements(model.mtp, model.config.num_hidden_layers)
+    main = model.main
+    yield from decoder_placements(main.model, main.lm_head, main.context.schemes)
+    yield from nextn_placements(model.mtp)
 
 
 def published_tensors(model: LanguageModel) -> dict[str, torch.Tensor]:

@@ -18,8 +18,8 @@ from mortise.layers.moe import MoELayer
 from mortise.layers.norm import RMSNorm
 from mortise.layers.router import GroupedSigmoidRouter
 from mortise.models.deepseek_v32.config import DeepseekV32Config
-from mortise.models.deepseek_v32.model import DeepseekV32ForCausalLM
-from mortise.models.deepseek_v32.mtp import DeepseekV32MTP
+from mortise.models.deepseek_v32.model import DeepseekV32ForCausalLM, decoder_layer
+from mortise.models.nextn import NextN
 from training.experts import training_ops
 from training.losses import linear_cross_entropy
 from training.norm import rms_norm
@@ -56,7 +56,10 @@ class LanguageModel(nn.Module):
         self.config = DeepseekV32Config.from_dict(stage_config(raw_config, has_indexer))
         context = LayerContext(ops=training_ops(compute_dtype))
         self.main = DeepseekV32ForCausalLM(self.config, context)
-        self.mtp = DeepseekV32MTP(self.config, self.config.num_hidden_layers, context)
+        last = self.config.num_hidden_layers
+        self.mtp = NextN(
+            self.config, context, decoder_layer(self.config, last, context, place=last)
+        )
         for module in self.modules():
             if isinstance(module, MoELayer):
                 module.finish_loading(torch.float32)
@@ -80,7 +83,7 @@ class LanguageModel(nn.Module):
         loss = linear_cross_entropy(hidden_TH, embedding.weight, next_T)
         if not with_mtp:
             return Losses(loss, None)
-        further_TH = self.mtp(hidden_TH, embedding(next_T), rotation, attend)
+        further_TH = self.mtp(embedding(next_T), hidden_TH, rotation, attend)
         second_T = windows[:, 2:].flatten()
         return Losses(loss, linear_cross_entropy(further_TH, embedding.weight, second_T))
 

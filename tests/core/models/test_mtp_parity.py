@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.fixtures.paged_models import CPU, reference_context, reference_ops
+from tests.fixtures.paged_models import CPU, reference_context
 from tests.fixtures.tiny_models import YARN, tiny_transformers_model
 
-from mortise.layers.paged_attention import BatchLayout, PagedAttention
-from mortise.models.deepseek_v32.config import DeepseekV32Config
-from mortise.models.deepseek_v32.model import DeepseekV32ForCausalLM
-from mortise.models.deepseek_v32.mtp import DeepseekV32MTP
-from mortise.models.deepseek_v32.weights import mtp_placements, placements
+from mortise.layers.paged_attention import BatchLayout
+from mortise.models.registry import family_of
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
@@ -56,6 +53,8 @@ def mtp_tensors(mtp: torch.nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def fill(targets: Iterable[Placement], tensors: dict[str, torch.Tensor]) -> None:
     for placement in targets:
+        if placement.optional and placement.name not in tensors:
+            continue
         stored = tensors.pop(placement.name)
         assert stored.shape == placement.target.shape
         placement.target.copy_(stored)
@@ -91,26 +90,20 @@ def test_logits_of_the_token_after_the_next(overrides: dict[str, Any]) -> None:
     )
     expected = theirs.lm_head(drafted)[0]
 
-    config = DeepseekV32Config.from_dict(theirs.config.to_dict())
-    model = DeepseekV32ForCausalLM(config, reference_context())
-    fill(placements(model), hub_tensors(theirs))
+    raw = theirs.config.to_dict()
+    family = family_of(raw)
+    model = family.build(raw, reference_context())
+    fill(family.placements(model), hub_tensors(theirs))
     model.finish_loading()
-    mtp = DeepseekV32MTP(config, NUM_LAYERS, reference_context())
+    draft = family.build_draft(raw, reference_context())
     tensors = mtp_tensors(their_mtp)
-    fill(mtp_placements(mtp, NUM_LAYERS), tensors)
+    fill(family.draft_placements(draft, model), tensors)
     assert not tensors, "every tensor of the layer has its place"
-    mtp.layer.mlp.finish_loading(torch.float32)
+    draft.finish_loading()
 
-    pool = model.new_pool(4, torch.float32, CPU)
-    mtp.layer.self_attn.layer = 0
+    pool = draft.new_pool(4, torch.float32, CPU)
     length = NUM_TOKENS - 1
     layout = BatchLayout.build(ForwardMode.PREFILL, [length], [length], [[2, 1]], CPU)
-    attend = PagedAttention(reference_ops(), pool, layout, None)
-    got = mtp(
-        hidden[0],
-        model.model.embed_tokens(tokens[0, 1:]),
-        model.rotary(attend.positions),
-        attend,
-    )
+    got = draft.run(model.embed(tokens[0, 1:]), hidden[0], draft.new_pass(pool, layout))
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(model.logits(got), expected, atol=1e-4, rtol=0)

@@ -80,17 +80,19 @@ def decoder_skips(config: RoutedDecoderConfig, group: ExpertParallelGroup) -> tu
         )
         for index in range(first, first + count)
     ]
-    declared.append(
-        Skip(
-            r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-            "computed from the configuration",
-        )
-    )
-    if group.world_size > 1:
-        own = "|".join(map(str, group.share(config.n_routed_experts)))
-        declared.append(
-            Skip(rf"model\.layers\.\d+\.mlp\.experts\.(?!(?:{own})\.).*", "experts of other ranks")
-        )
+    declared += layer_skips(config, group)
     if config.tie_word_embeddings:
         declared.append(Skip(r"lm_head\.weight", "tied to the embedding"))
     return tuple(declared)
+
+
+def layer_skips(config: RoutedDecoderConfig, group: ExpertParallelGroup) -> tuple[Skip, ...]:
+    """Tensors that a checkpoint may hold in any layer and this rank does not need."""
+    inv_freq = Skip(
+        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "computed from the configuration"
+    )
+    if group.world_size == 1:
+        return (inv_freq,)
+    own = "|".join(map(str, group.share(config.n_routed_experts)))
+    others = rf"model\.layers\.\d+\.mlp\.experts\.(?!(?:{own})\.).*"
+    return (inv_freq, Skip(others, "experts of other ranks"))

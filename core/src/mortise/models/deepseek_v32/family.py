@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mortise.models.decoder_weights import decoder_skips
+from mortise.models import nextn
+from mortise.models.decoder_weights import decoder_placements, decoder_skips
 from mortise.models.deepseek_v32.config import DeepseekV32Config, LatentMoEConfig
-from mortise.models.deepseek_v32.model import DeepseekV32ForCausalLM
-from mortise.models.deepseek_v32.weights import placements
+from mortise.models.deepseek_v32.model import DeepseekV32Draft, DeepseekV32ForCausalLM
 from mortise.models.family import ModelFacts
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mortise.checkpoint.placement import Placement, Skip
     from mortise.layers.context import LayerContext
-    from mortise.models.family import CausalLM
+    from mortise.models.family import CausalLM, DraftModel
     from mortise.parallel.group import ExpertParallelGroup
 
 
@@ -54,8 +54,24 @@ class DeepseekV32Family:
     def placements(self, model: CausalLM) -> Iterable[Placement]:
         """See :class:`~mortise.models.family.ModelFamily`."""
         assert isinstance(model, DeepseekV32ForCausalLM)
-        return placements(model)
+        return decoder_placements(model.model, model.lm_head, model.context.schemes)
 
     def skips(self, raw: Mapping[str, object], group: ExpertParallelGroup) -> tuple[Skip, ...]:
         """See :class:`~mortise.models.family.ModelFamily`."""
         return decoder_skips(self.config_class.from_dict(raw), group)
+
+    def build_draft(self, raw: Mapping[str, object], context: LayerContext) -> DraftModel:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        return DeepseekV32Draft(nextn.require_nextn(self.config_class.from_dict(raw)), context)
+
+    def draft_placements(self, draft: DraftModel, main: CausalLM) -> Iterable[Placement]:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        assert isinstance(draft, DeepseekV32Draft)
+        assert isinstance(main, DeepseekV32ForCausalLM)
+        return nextn.draft_placements(draft, main.model, main.lm_head)
+
+    def draft_skips(
+        self, raw: Mapping[str, object], group: ExpertParallelGroup
+    ) -> tuple[Skip, ...]:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        return nextn.draft_skips(self.config_class.from_dict(raw), group)

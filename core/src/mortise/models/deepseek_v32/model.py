@@ -7,27 +7,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mortise.kv.latent import LatentPool
 from mortise.layers.finish import finish_loading
 from mortise.layers.mla import Attend, LightningIndexer, MLAttention
 from mortise.layers.paged_attention import PagedAttention
 from mortise.layers.rotary import RotaryEmbedding
 from mortise.models.decoder import Decoder, DecoderLayer, feed_forward, language_head, logits_of
+from mortise.models.deepseek_v32.cache import LatentCached
+from mortise.models.nextn import NextNDraft
 from mortise.spec.dispatch import DispatchMode
 
 if TYPE_CHECKING:
     from mortise.layers.context import LayerContext
-    from mortise.layers.paged_attention import BatchLayout
     from mortise.models.deepseek_v32.config import LatentMoEConfig
-    from mortise.models.family import CachePool, PagedPass
+    from mortise.models.family import PagedPass
     from mortise.spec.dispatch import DispatchDecision
 
 
-class DeepseekV32ForCausalLM(nn.Module):
+class DeepseekV32ForCausalLM(LatentCached, nn.Module):
     """The whole language model of one role.
 
     Parameters are created empty on the current torch device and dtype; fill them with the
-    placements of ``weights.py``, then call :meth:`finish_loading`.
+    placements of the family, then call :meth:`finish_loading`.
 
     Args:
         config: the model's configuration.
@@ -38,9 +38,10 @@ class DeepseekV32ForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.context = context
+        self.cached_layers = range(config.num_hidden_layers)
         self.model = Decoder(
             config,
-            (decoder_layer(config, index, context) for index in range(config.num_hidden_layers)),
+            (decoder_layer(config, index, context, index) for index in self.cached_layers),
         )
         self.lm_head = language_head(config)
         self.rotary = rotary_embedding(config)
@@ -50,34 +51,6 @@ class DeepseekV32ForCausalLM(nn.Module):
         norm = self.model.norm.weight
         self.rotary.to(norm.device)
         return finish_loading(self, norm.dtype)
-
-    def new_pool(
-        self,
-        num_pages: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        num_slots: int = 0,  # noqa: ARG002
-    ) -> LatentPool:
-        """An empty cache for every layer; none keeps a state."""
-        return LatentPool(
-            num_layers=self.config.num_hidden_layers,
-            num_pages=num_pages,
-            latent_dim=self.config.latent_dim,
-            index_dim=self.config.index_head_dim,
-            index_layers=[
-                layer
-                for layer in range(self.config.num_hidden_layers)
-                if self.config.has_own_indexer(layer)
-            ],
-            dtype=dtype,
-            device=device,
-            index_key_dtype=self.context.index_key_dtype,
-        )
-
-    def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedAttention:
-        """Plan one forward pass over the cache."""
-        assert isinstance(pool, LatentPool)
-        return PagedAttention(self.context.ops, pool, layout, self.config.index_topk)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` of int64 token ids."""
@@ -108,11 +81,30 @@ class DeepseekV32ForCausalLM(nn.Module):
         return logits_of(hidden_TH, self.model, self.lm_head)
 
 
-def decoder_layer(config: LatentMoEConfig, index: int, context: LayerContext) -> DecoderLayer:
-    """The layer of one place in the checkpoint's numbering, which is its place in the cache."""
+class DeepseekV32Draft(LatentCached, NextNDraft):
+    """The multi-token prediction layer, which has an indexer of its own where the model has any.
+
+    Args:
+        config: the main model's configuration.
+        context: hooks, stored schemes, and the other surroundings of the draft role.
+    """
+
+    def __init__(self, config: LatentMoEConfig, context: LayerContext) -> None:
+        index = config.num_hidden_layers
+        layer = decoder_layer(config, index, context, place=0)
+        super().__init__(config, context, layer, rotary_embedding(config))
+        self.config = config
+        self.context = context
+        self.cached_layers = (index,)
+
+
+def decoder_layer(
+    config: LatentMoEConfig, index: int, context: LayerContext, place: int
+) -> DecoderLayer:
+    """The layer of one number in the checkpoint and one place in the cache."""
     name = f"model.layers.{index}"
     attention = MLAttention(
-        index,
+        place,
         config.mla_shape(),
         _indexer(config, index, context, f"{name}.self_attn.indexer"),
         context,

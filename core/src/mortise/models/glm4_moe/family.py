@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mortise.models import nextn
 from mortise.models.decoder_weights import decoder_placements, decoder_skips
 from mortise.models.family import ModelFacts
 from mortise.models.glm4_moe.config import Glm4MoeConfig
-from mortise.models.glm4_moe.model import Glm4MoeForCausalLM
+from mortise.models.glm4_moe.model import Glm4MoeDraft, Glm4MoeForCausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mortise.checkpoint.placement import Placement, Skip
     from mortise.layers.context import LayerContext
-    from mortise.models.family import CausalLM
+    from mortise.models.family import CausalLM, DraftModel
     from mortise.parallel.group import ExpertParallelGroup
 
 
@@ -51,3 +52,19 @@ class Glm4MoeFamily:
     def skips(self, raw: Mapping[str, object], group: ExpertParallelGroup) -> tuple[Skip, ...]:
         """See :class:`~mortise.models.family.ModelFamily`."""
         return decoder_skips(Glm4MoeConfig.from_dict(raw), group)
+
+    def build_draft(self, raw: Mapping[str, object], context: LayerContext) -> DraftModel:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        return Glm4MoeDraft(nextn.require_nextn(Glm4MoeConfig.from_dict(raw)), context)
+
+    def draft_placements(self, draft: DraftModel, main: CausalLM) -> Iterable[Placement]:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        assert isinstance(draft, Glm4MoeDraft)
+        assert isinstance(main, Glm4MoeForCausalLM)
+        return nextn.draft_placements(draft, main.model, main.lm_head)
+
+    def draft_skips(
+        self, raw: Mapping[str, object], group: ExpertParallelGroup
+    ) -> tuple[Skip, ...]:
+        """See :class:`~mortise.models.family.ModelFamily`."""
+        return nextn.draft_skips(Glm4MoeConfig.from_dict(raw), group)

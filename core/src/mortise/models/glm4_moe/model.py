@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mortise.kv.key_values import KeyValuePool
 from mortise.layers.finish import finish_loading
 from mortise.layers.grouped_attention import GroupedAttend, GroupedQueryAttention
 from mortise.layers.norm import RMSNorm
 from mortise.layers.paged_grouped_attention import PagedGroupedAttention
 from mortise.layers.rotary import RotaryEmbedding
 from mortise.models.decoder import Decoder, DecoderLayer, feed_forward, language_head, logits_of
+from mortise.models.glm4_moe.cache import KeyValueCached
+from mortise.models.nextn import NextNDraft
 from mortise.spec.dispatch import DispatchMode
 
 if TYPE_CHECKING:
     from mortise.layers.context import LayerContext
-    from mortise.layers.paged_attention import BatchLayout
-    from mortise.models.family import CachePool, PagedPass
+    from mortise.models.family import PagedPass
     from mortise.models.glm4_moe.config import Glm4MoeConfig
     from mortise.spec.dispatch import DispatchDecision
 
 
-class Glm4MoeForCausalLM(nn.Module):
+class Glm4MoeForCausalLM(KeyValueCached, nn.Module):
     """The whole language model of one role.
 
     Parameters are created empty on the current torch device and dtype; fill them with the
@@ -40,9 +40,13 @@ class Glm4MoeForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.context = context
+        self.num_cached_layers = config.num_hidden_layers
         self.model = Decoder(
             config,
-            (decoder_layer(config, index, context) for index in range(config.num_hidden_layers)),
+            (
+                decoder_layer(config, index, context, index)
+                for index in range(config.num_hidden_layers)
+            ),
         )
         self.lm_head = language_head(config)
         self.rotary = rotary_embedding(config)
@@ -52,29 +56,6 @@ class Glm4MoeForCausalLM(nn.Module):
         norm = self.model.norm.weight
         self.rotary.to(norm.device)
         return finish_loading(self, norm.dtype)
-
-    def new_pool(
-        self,
-        num_pages: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        num_slots: int = 0,  # noqa: ARG002
-    ) -> KeyValuePool:
-        """An empty cache for every layer; no layer keeps states."""
-        return KeyValuePool(
-            num_layers=self.config.num_hidden_layers,
-            num_pages=num_pages,
-            num_heads=self.config.num_key_value_heads,
-            key_dim=self.config.head_dim,
-            value_dim=self.config.head_dim,
-            dtype=dtype,
-            device=device,
-        )
-
-    def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedGroupedAttention:
-        """Plan one forward pass over the cache."""
-        assert isinstance(pool, KeyValuePool)
-        return PagedGroupedAttention(pool, layout)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` of int64 token ids."""
@@ -105,12 +86,29 @@ class Glm4MoeForCausalLM(nn.Module):
         return logits_of(hidden_TH, self.model, self.lm_head)
 
 
-def decoder_layer(config: Glm4MoeConfig, index: int, context: LayerContext) -> DecoderLayer:
-    """The layer of one place in the checkpoint's numbering, which is its place in the cache."""
+class Glm4MoeDraft(KeyValueCached, NextNDraft):
+    """The multi-token prediction layer.
+
+    Args:
+        config: the main model's configuration.
+        context: hooks, stored schemes, and the other surroundings of the draft role.
+    """
+
+    def __init__(self, config: Glm4MoeConfig, context: LayerContext) -> None:
+        layer = decoder_layer(config, config.num_hidden_layers, context, place=0)
+        super().__init__(config, context, layer, rotary_embedding(config))
+        self.config = config
+        self.num_cached_layers = 1
+
+
+def decoder_layer(
+    config: Glm4MoeConfig, index: int, context: LayerContext, place: int
+) -> DecoderLayer:
+    """The layer of one number in the checkpoint and one place in the cache."""
     name = f"model.layers.{index}"
     norm = partial(RMSNorm, eps=config.rms_norm_eps)
     attention = GroupedQueryAttention(
-        index,
+        place,
         config.attention_shape(),
         context,
         f"{name}.self_attn",
