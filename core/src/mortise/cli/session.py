@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mortise.cli.failure import show_warning
+from mortise.cli.news import news_of
 from mortise.cli.output import messages
 from mortise.cli.speaker import is_speaker, own_launch
 
@@ -30,7 +31,7 @@ PATIENCE_SECONDS = 0.5
 def load_llm(
     resolved: ResolvedConfig, told: set[str] | None = None, *, warm_up: bool = True
 ) -> LLM:
-    """Load the model and tell what was warned of, and which hooks the reference answers instead.
+    """Load the model and tell what was warned of, and the news there is of it.
 
     Args:
         resolved: the configuration.
@@ -47,7 +48,7 @@ def load_llm(
         llm = LLM(resolved, progress=advance, launch=own_launch(), warm_up=False)
     click.get_current_context().with_resource(llm)
     told = set() if told is None else told
-    for text in (*(str(warning.message) for warning in warned), *_news(llm)):
+    for text in (*(str(warning.message) for warning in warned), *news_of(llm)):
         if text not in told:
             show_warning(text)
             told.add(text)
@@ -65,34 +66,6 @@ def warm(llm: LLM, *, ahead: bool = False) -> WarmupReport:
         # The others would wait for a process that is not coming.
         llm.close(error)
         raise
-
-
-def _news(llm: LLM) -> Iterator[str]:
-    bound = llm.loaded.bound
-    if bound.fallbacks:
-        hooks = ", ".join(decision.subject for decision in bound.fallbacks)
-        yield (
-            f"backend {bound.row.name!r} does not implement {hooks}: the exact reference answers,"
-            " on the same device (--strict makes this an error)"
-        )
-    yield from dict.fromkeys(_substitutions(llm))
-    installed = {row.name for row in bound.candidates}
-    for name in sorted(set(llm.config.backend_options) - installed):
-        yield f"backend_options.{name} is for a backend that is not installed"
-    if bound.ops.backend.emulated:
-        yield f"backend {bound.row.name!r} is emulated: its numerics, not its speed"
-
-
-def _substitutions(llm: LLM) -> Iterator[str]:
-    """Rows that travel in another format than was asked for, as their device's policy has it."""
-    for decisions in llm.loaded.dispatch.values():
-        for decision in decisions:
-            if decision.asked is not None:
-                rows = decision.format
-                yield (
-                    f"rows travel to the experts as {rows.dtype.value} instead of"
-                    f" {decision.asked.value}: {decision.reason}"
-                )
 
 
 @contextmanager
