@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tests.fixtures.paged_models import CPU, reference_context
+from tests.fixtures.gated_delta_nets import (
+    HIDDEN,
+    LAYERS,
+    WIDTH,
+    hidden_of,
+    layer_of,
+    new_state,
+    shape_of,
+    their_layer,
+)
+from tests.fixtures.paged_models import CPU
 
 from mortise.layers.gated_delta_net import GatedDeltaNet, GatedDeltaState
 from mortise.layers.sequences import Sequences
@@ -16,93 +26,8 @@ from mortise.spec.qkv import QKVLayout, QKVParts, QKVShape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
-
-HIDDEN = 32
-WIDTH = 4
-EPS = 1e-6
 TOLERANCE = 1e-4
 LENGTHS = (1, 7, 64, 65, 130)
-HEADS: dict[str, tuple[int, int, int, int]] = {
-    "one head": (1, 1, 8, 8),
-    "as many value heads as key heads": (3, 3, 8, 16),
-    "twice as many": (2, 4, 16, 8),
-    "three times as many": (2, 6, 8, 16),
-    "four times as many": (2, 8, 8, 12),
-    "eight value heads of one key head": (1, 8, 12, 8),
-}
-LAYERS = [(layout, heads) for layout in QKVLayout for heads in HEADS]
-
-
-def shape_of(layout: QKVLayout, heads: str) -> QKVShape:
-    num_key_heads, num_value_heads, key_head_dim, value_head_dim = HEADS[heads]
-    return QKVShape(
-        num_key_heads=num_key_heads,
-        num_value_heads=num_value_heads,
-        key_head_dim=key_head_dim,
-        value_head_dim=value_head_dim,
-        layout=layout,
-    )
-
-
-def their_layer(shape: QKVShape) -> nn.Module:
-    """The layer of transformers for this layout, every weight random."""
-    fields: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": 1,
-        "layer_types": ["linear_attention"],
-        "linear_num_key_heads": shape.num_key_heads,
-        "linear_num_value_heads": shape.num_value_heads,
-        "linear_key_head_dim": shape.key_head_dim,
-        "linear_value_head_dim": shape.value_head_dim,
-        "linear_conv_kernel_dim": WIDTH,
-        "rms_norm_eps": EPS,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layer = construct_theirs(shape.layout, fields).eval()
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            # A memory that lasts: where all is forgotten, the norm divides rounding by next to 0.
-            layer.A_log.uniform_(-4.0, -1.0)
-            layer.dt_bias.normal_(0.0, 0.5)
-    return layer
-
-
-def construct_theirs(layout: QKVLayout, fields: dict[str, Any]) -> nn.Module:
-    if layout is QKVLayout.INTERLEAVED:
-        from transformers.models.qwen3_next import modeling_qwen3_next as next_model
-
-        return next_model.Qwen3NextGatedDeltaNet(next_model.Qwen3NextConfig(**fields), layer_idx=0)
-    from transformers.models.qwen3_5 import modeling_qwen3_5 as model
-
-    return model.Qwen3_5GatedDeltaNet(model.Qwen3_5TextConfig(**fields), layer_idx=0)
-
-
-def layer_of(shape: QKVShape, weights: dict[str, torch.Tensor]) -> GatedDeltaNet:
-    layer = GatedDeltaNet(
-        0,
-        reference_context(),
-        "model.layers.0.linear_attn",
-        hidden_size=HIDDEN,
-        shape=shape,
-        conv_kernel_size=WIDTH,
-        rms_norm_eps=EPS,
-    )
-    layer.load_state_dict(weights, strict=True)
-    return layer.eval()
-
-
-def new_state(layer: GatedDeltaNet, count: int = 1) -> GatedDeltaState:
-    """Of sequences that have not begun."""
-    shape, weight = layer.shape, layer.conv1d.weight
-    return GatedDeltaState(
-        conv=weight.new_zeros(count, WIDTH - 1, weight.shape[0]),
-        recurrent=torch.zeros(
-            count, shape.num_value_heads, shape.key_head_dim, shape.value_head_dim
-        ),
-    )
 
 
 def advance(
@@ -110,10 +35,6 @@ def advance(
 ) -> tuple[torch.Tensor, GatedDeltaState]:
     """One call with sequences of some lengths, or with a single one."""
     return layer.advance(hidden, Sequences(lens or (len(hidden),), WIDTH, CPU), state)
-
-
-def hidden_of(tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
 def difference(got: torch.Tensor, expected: torch.Tensor) -> float:

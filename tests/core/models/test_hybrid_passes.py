@@ -2,116 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tests.fixtures.paged_models import CPU, reference_context, scattered_pages
-from tests.fixtures.tiny_models import save_tiny
+from tests.fixtures.hybrid_models import MODEL_TYPES, HybridModel, Request, loaded, tokens_of
 
-from mortise.checkpoint import CheckpointTensors, ModelDirectory, load_weights
 from mortise.kv.pages import pages_for
-from mortise.layers.paged_attention import BatchLayout
-from mortise.models.qwen3_next.model import Qwen3NextForCausalLM
-from mortise.models.registry import family_of
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
-NEXT, MOE_TEXT = "qwen3_next", "qwen3_5_moe_text"
 TOLERANCE = 1e-4
 AROUND_ENDS = (1, 2, 3, 63, 64, 65, 128)
 """Lengths about the width of the convolution, a chunk of the delta rule and a page."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """New tokens, the length when the pass is done, pages and slot."""
-
-    tokens: torch.Tensor
-    context_len: int
-    pages: Sequence[int]
-    slot: int
-
-
-class HybridModel:
-    """A loaded model beside a cache in which all that nobody wrote is NaN."""
-
-    def __init__(self, path: Path) -> None:
-        directory = ModelDirectory.open(path)
-        family = family_of(directory.config)
-        context = reference_context()
-        model = family.build(directory.config, context)
-        load_weights(
-            CheckpointTensors(directory.weight_files()),
-            family.placements(model),
-            family.skips(directory.config, context.group),
-        )
-        model.finish_loading()
-        assert isinstance(model, Qwen3NextForCausalLM)
-        self.model = model
-        self.pool = self.model.new_pool(24, torch.float32, CPU, num_slots=6)
-        self.poison()
-
-    def poison(self) -> None:
-        """Make every cached row and every state NaN."""
-        for layer in range(2):
-            for tensor in (
-                self.pool.key_values.keys(layer),
-                self.pool.key_values.values(layer),
-                self.pool.states.conv(layer),
-                self.pool.states.memory(layer),
-            ):
-                tensor.fill_(torch.nan)
-
-    @torch.inference_mode()
-    def forward(self, mode: ForwardMode, requests: Sequence[Request]) -> torch.Tensor:
-        """Logits ``[T, vocab]`` of the new tokens of all requests."""
-        layout = BatchLayout.build(
-            mode,
-            [len(request.tokens) for request in requests],
-            [request.context_len for request in requests],
-            [request.pages for request in requests],
-            CPU,
-            state_slots=[request.slot for request in requests],
-        )
-        tokens = [request.tokens for request in requests]
-        token_ids = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64)
-        hidden_TH = self.model.run(token_ids, self.model.new_pass(self.pool, layout))
-        return self.model.logits(hidden_TH)
-
-    def full(self, tokens: torch.Tensor, slot: int = 0) -> torch.Tensor:
-        """Logits of a whole sequence in one pass over a fresh cache."""
-        self.poison()
-        request = Request(tokens, len(tokens), scattered_pages(len(tokens)), slot)
-        return self.forward(ForwardMode.PREFILL, [request])
-
-    def stepwise(
-        self,
-        tokens: torch.Tensor,
-        chunks: Sequence[int],
-        pages: Sequence[int] | None = None,
-        slot: int = 3,
-    ) -> torch.Tensor:
-        """Logits of a sequence cut into chunks; what remains after the chunks is decoded singly."""
-        pages = scattered_pages(len(tokens)) if pages is None else pages
-        ends = torch.tensor(chunks).cumsum(0).tolist()
-        bounds = [0, *ends, *range(ends[-1] + 1, len(tokens) + 1)]
-        logits = []
-        for number, (start, end) in enumerate(pairwise(bounds)):
-            mode = ForwardMode.PREFILL if number < len(chunks) else ForwardMode.DECODE
-            logits.append(self.forward(mode, [Request(tokens[start:end], end, pages, slot)]))
-        return torch.cat(logits)
-
-
-@cache
-def loaded(model_type: str, root: Path) -> HybridModel:
-    return HybridModel(save_tiny(root / model_type, model_type=model_type, tokenizer=False))
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +24,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.fixture(params=[NEXT, MOE_TEXT])
+@pytest.fixture(params=MODEL_TYPES)
 def model(request: pytest.FixtureRequest, root: Path) -> HybridModel:
     model = loaded(request.param, root)
     model.poison()
     return model
-
-
-def tokens_of(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:

@@ -31,6 +31,7 @@ class RecurrentPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.num_layers = num_layers
         self.num_slots = num_slots
         self.conv_rows = conv_rows
         self.device = device

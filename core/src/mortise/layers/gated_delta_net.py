@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,16 @@ from torch import nn
 
 from mortise.layers.gated_delta_rule import gated_delta_rule
 from mortise.layers.linear import linear
-from mortise.spec.qkv import QKVLayout
+from mortise.spec.qkv import QKVLayout, QKVParts
 
 if TYPE_CHECKING:
     from mortise.layers.context import LayerContext
-    from mortise.layers.sequences import Sequences
-    from mortise.spec.qkv import QKVParts, QKVShape
+    from mortise.layers.sequences import Sequences, Steps
+    from mortise.spec.qkv import QKVShape
 
 # Shape suffixes: B sequences, T tokens of all, H hidden, C = 2*nk*hk + nv*hv channels of the
 # convolution, W its width, R = W - 1 rows that it keeps, N value heads (nv), D key head dimension
-# (hk), V value head dimension (hv).
+# (hk), V value head dimension (hv), S tokens of each sequence where all have as many.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,20 +36,54 @@ class GatedDeltaState:
     recurrent: torch.Tensor
 
 
-class Recur(Protocol):
-    """Where the states of a pass come from and go to."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedDeltaSteps:
+    """All that one layer would remember of B sequences after each of S tokens.
+
+    ``conv`` ``[B, S, W - 1, C]`` and ``recurrent`` float32 ``[B, S, N, D, V]``: S states of every
+    sequence, in storage of their own.
+    """
+
+    conv: torch.Tensor
+    recurrent: torch.Tensor
+
+    @classmethod
+    def room(cls, state: GatedDeltaState, num_steps: int) -> Self:
+        """Uninitialised room for ``num_steps`` states of every sequence of ``state``."""
+        return cls(conv=_room(state.conv, num_steps), recurrent=_room(state.recurrent, num_steps))
 
     @property
-    def sequences(self) -> Sequences:
-        """Where the tokens of each request sit."""
-        ...
+    def num_bytes(self) -> int:
+        """Memory of all these states."""
+        return self.conv.nbytes + self.recurrent.nbytes
 
-    def read(self, layer: int) -> GatedDeltaState:
-        """What the tokens before left with a layer."""
-        ...
+    def put(self, step: int, state: GatedDeltaState) -> None:
+        """Keep what is remembered after token ``step`` of every sequence."""
+        self.conv[:, step] = state.conv
+        self.recurrent[:, step] = state.recurrent
 
-    def write(self, layer: int, state: GatedDeltaState) -> None:
-        """Keep what a layer remembers from now on."""
+    def after(self, num_tokens_B: torch.Tensor) -> GatedDeltaState:
+        """What is remembered after the first tokens of each sequence.
+
+        Args:
+            num_tokens_B: int64 ``[B]``, from 1 to S.
+        """
+        every_B = torch.arange(len(num_tokens_B), device=num_tokens_B.device)
+        newest_B = num_tokens_B - 1
+        return GatedDeltaState(
+            conv=self.conv[every_B, newest_B], recurrent=self.recurrent[every_B, newest_B]
+        )
+
+
+def _room(state: torch.Tensor, num_steps: int) -> torch.Tensor:
+    return state.new_empty(state.shape[0], num_steps, *state.shape[1:])
+
+
+class Recur(Protocol):
+    """Where the states of a pass come from, and what becomes of them."""
+
+    def __call__(self, net: GatedDeltaNet, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Let a layer read the pass's tokens: ``[T, H]`` to ``[T, H]``."""
         ...
 
 
@@ -124,9 +158,7 @@ class GatedDeltaNet(nn.Module):
         Returns:
             ``[T, H]`` of the same dtype.
         """
-        output_TH, state = self.advance(hidden_TH, recur.sequences, recur.read(self.layer))
-        recur.write(self.layer, state)
-        return output_TH
+        return recur(self, hidden_TH)
 
     def advance(
         self, hidden_TH: torch.Tensor, sequences: Sequences, state: GatedDeltaState
@@ -142,17 +174,51 @@ class GatedDeltaNet(nn.Module):
             ``[T, H]`` of the same dtype, and the state after the last token of each sequence.
             However a sequence is cut into calls, the results are the same up to rounding.
         """
-        parts = self.ops.qkv_split(
-            self._joined(self._qkvz, hidden_TH), self._joined(self._ba, hidden_TH), self.shape
-        )
+        recalled_TX, state = self._recall(self._parts(hidden_TH), sequences, state)
+        output_TH: torch.Tensor = self.out_proj(recalled_TX)
+        return output_TH, state
+
+    def advance_by_steps(
+        self, hidden_TH: torch.Tensor, steps: Steps, state: GatedDeltaState
+    ) -> tuple[torch.Tensor, GatedDeltaSteps]:
+        """Read as many tokens of each sequence, and keep what is remembered after every one.
+
+        Between the projections, which take all rows at once, tokens are read one after another as
+        :meth:`advance` reads single ones: to the bit what that gives of the same projected rows.
+
+        Args:
+            hidden_TH: ``[B * S, H]``, compute dtype, the tokens of a sequence together.
+            steps: which rows are whose; its windows are as wide as the convolution.
+            state: what the tokens before left; all zero before the first.
+
+        Returns:
+            ``[B * S, H]`` of the same dtype, and the states after each token.
+        """
+        parts, kept = self._parts(hidden_TH), GatedDeltaSteps.room(state, steps.num_steps)
+        recalled_TX = parts.z.new_empty(len(hidden_TH), self.values)
+        for step, rows_B in enumerate(steps.rows_SB):
+            recalled_TX[rows_B], state = self._recall(_taken(parts, rows_B), steps.single, state)
+            kept.put(step, state)
+        output_TH: torch.Tensor = self.out_proj(recalled_TX)
+        return output_TH, kept
+
+    def _recall(
+        self, parts: QKVParts, sequences: Sequences, state: GatedDeltaState
+    ) -> tuple[torch.Tensor, GatedDeltaState]:
+        """What is between the projections: ``[T, nv * hv]``, and the state after the tokens."""
         mixed_TC, conv = causal_conv(
             parts.mixed_qkv, state.conv, self.conv1d.weight.squeeze(1), sequences
         )
         attended_TNV, recurrent = gated_delta_rule(
             *self._heads(mixed_TC), *self._gates(parts), state.recurrent, sequences
         )
-        output_TH: torch.Tensor = self.out_proj(self.norm(attended_TNV, parts.z).flatten(1))
-        return output_TH, GatedDeltaState(conv=conv, recurrent=recurrent)
+        recalled_TX = self.norm(attended_TNV, parts.z).flatten(1)
+        return recalled_TX, GatedDeltaState(conv=conv, recurrent=recurrent)
+
+    def _parts(self, hidden_TH: torch.Tensor) -> QKVParts:
+        return self.ops.qkv_split(
+            self._joined(self._qkvz, hidden_TH), self._joined(self._ba, hidden_TH), self.shape
+        )
 
     def _joined(self, modules: dict[str, int], hidden_TH: torch.Tensor) -> torch.Tensor:
         outputs = [getattr(self, own)(hidden_TH) for own in modules]
@@ -187,6 +253,16 @@ def _stored_projections(
     return (
         {"in_proj_qkv": channels, "in_proj_z": values},
         {"in_proj_b": heads, "in_proj_a": heads},
+    )
+
+
+def _taken(parts: QKVParts, rows: torch.Tensor) -> QKVParts:
+    """Some rows of every part, each part contiguous as it was."""
+    return QKVParts(
+        mixed_qkv=parts.mixed_qkv.index_select(0, rows),
+        z=parts.z.index_select(0, rows),
+        b=parts.b.index_select(0, rows),
+        a=parts.a.index_select(0, rows),
     )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 # Shape suffixes: B sequences, T tokens of all, A sequences that still have tokens, C tokens of a
-# chunk, W width of a window.
+# chunk, W width of a window, S tokens of each sequence where all have as many.
 
 CHUNK_SIZE: Final = 64
 """Tokens of a sequence that are taken at a time (that of ``chunk_gated_delta_rule``, FLA)."""
@@ -52,6 +52,29 @@ class Sequences:
             places.to(device) for places in _windows(tuple(lens), width)
         )
         self.chunks = tuple(_chunks(tuple(lens), device))
+
+
+class Steps:
+    """The rows of B sequences of S tokens each, read one token of every sequence at a time.
+
+    Args:
+        num_sequences: B.
+        num_steps: S.
+        width: tokens that a causal convolution sees.
+        device: where the rows are.
+
+    Attributes:
+        single: one token of every sequence.
+        rows_SB: int64 ``[S, B]``, row of each token.
+    """
+
+    def __init__(
+        self, num_sequences: int, num_steps: int, width: int, device: torch.device
+    ) -> None:
+        self.num_steps = num_steps
+        self.single = Sequences((1,) * num_sequences, width, device)
+        rows_T = torch.arange(num_sequences * num_steps, device=device)
+        self.rows_SB = rows_T.view(num_sequences, num_steps).t().contiguous()
 
 
 def _windows(lens: tuple[int, ...], width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from mortise.layers.gated_delta_net import GatedDeltaState
-from mortise.layers.sequences import Sequences
 
 if TYPE_CHECKING:
     from mortise.kv.recurrent import RecurrentPool
@@ -18,7 +17,7 @@ class SlotStates:
     """Where recurrent layers find what the tokens before left, and leave what they remember.
 
     A request whose first token is in this pass begins with nothing, whatever its slot holds: that
-    is of a request that went. A pass of any mode moves the states past all its tokens.
+    is of a request that went.
 
     Args:
         pool: the slots.
@@ -30,17 +29,11 @@ class SlotStates:
         assert len(layout.state_slots) == len(lens), "every request needs a slot"
         assert len(set(layout.state_slots)) == len(lens), "two requests share a slot"
         self._pool = pool
-        self._sequences = Sequences(lens, pool.conv_rows + 1, pool.device)
         self._slots_B = torch.tensor(layout.state_slots, dtype=torch.int64, device=pool.device)
         begins = [
             query == context for query, context in zip(lens, layout.context_lens, strict=True)
         ]
         self._begins_B11 = torch.tensor(begins, dtype=torch.bool, device=pool.device).view(-1, 1, 1)
-
-    @property
-    def sequences(self) -> Sequences:
-        """Where the tokens of each request sit."""
-        return self._sequences
 
     def read(self, layer: int) -> GatedDeltaState:
         """What the tokens before left with a layer; a copy."""

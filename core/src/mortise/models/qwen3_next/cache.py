@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from mortise.layers.paged_grouped_attention import PagedGroupedAttention
-from mortise.layers.slot_states import SlotStates
+from mortise.layers.recurrence import MovedStates, VerifiedStates
+from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +48,7 @@ class HybridPass:
 
     def __init__(self, pool: HybridPool, layout: BatchLayout) -> None:
         self.attend = PagedGroupedAttention(pool.key_values, layout)
-        self.recur = SlotStates(pool.states, layout)
+        self.recur = _recurrence(pool.states, layout)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -60,5 +61,16 @@ class HybridPass:
         return self.attend.dispatch_mode
 
     def accept(self, num_tokens: Sequence[int]) -> None:
-        """Move the states past the accepted tokens of a pass that verified."""
-        raise AssertionError("recurrent states cannot be moved back yet")
+        """Move the states past the accepted tokens of a pass that verified; see ``PagedPass``."""
+        assert isinstance(self.recur, VerifiedStates), "the pass moved the states as it ran"
+        self.recur.accept(num_tokens)
+
+
+def _recurrence(states: RecurrentPool, layout: BatchLayout) -> MovedStates | VerifiedStates:
+    match layout.mode:
+        case ForwardMode.TARGET_VERIFY:
+            return VerifiedStates(states, layout)
+        case ForwardMode.PREFILL | ForwardMode.DECODE | ForwardMode.IDLE | ForwardMode.DRAFT_EXTEND:
+            return MovedStates(states, layout)
+        case _:
+            assert_never(layout.mode)
