@@ -226,3 +226,14 @@ def test_the_device_of_the_configured_backend_is_asked_unless_it_is_emulated(
     assert checks["elsewhere: device"][0]["found"].startswith("device_absent: no device node")
     _, checks = examined("--backend", "elsewhere", "--device", "emulated")
     assert "elsewhere: device" not in checks
+
+
+def test_the_directory_of_a_draft_is_looked_at(tiny_model: Path) -> None:
+    code, checks = examined("--draft", "2")
+    assert code == 0
+    assert checks["configured draft"][0]["found"].startswith("2 tokens a step, from ")
+    code, checks = examined("--draft", "2", "--draft-model", tiny_model)
+    assert code == 1
+    assert "cannot draft for the one in" in checks["configured draft"][0]["found"]
+    assert "correct draft.model (--draft-model)" in checks["configured draft"][0]["remedy"]
+    assert "configured draft" not in examined()[1]

@@ -45,6 +45,7 @@ def run_checks(options: Mapping[str, Any]) -> Iterator[Finding]:
         ("distributions", _distributions),
         ("built-in model", _builtin_model),
         ("configured model", partial(_configured_model, options)),
+        ("configured draft", partial(_configured_draft, options)),
         ("configured backend", partial(_configured_backend, options)),
         ("terminal", _terminal),
     )
@@ -187,6 +188,22 @@ def _configured_model(options: Mapping[str, Any]) -> Iterator[Finding]:
         return
     facts = _model_facts(config)
     yield Finding("configured model", Verdict.OK, f"{facts.architecture}, {config.model}")
+
+
+def _configured_draft(options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the directory of the draft model fits the main model, if one is to draft."""
+    from mortise.checkpoint import ModelDirectory
+    from mortise.engine.draft_loading import open_draft
+    from mortise.models.registry import family_of
+
+    config = _resolved(options)
+    if config is None or not config.draft.num_tokens:
+        return
+    main = ModelDirectory.open(config.model)
+    family = family_of(main.config)
+    draft = open_draft(config.draft, main, family, family.facts(main.config))
+    found = f"{config.draft.num_tokens} tokens a step, from {draft.directory.path}"
+    yield Finding("configured draft", Verdict.OK, found)
 
 
 def _model_facts(config: EngineConfig) -> ModelFacts:
