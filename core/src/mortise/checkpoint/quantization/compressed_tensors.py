@@ -28,7 +28,7 @@ from mortise.checkpoint.quantization.conversions import (
     words_from_bytes,
     words_from_offset_binary,
 )
-from mortise.checkpoint.quantization.dialect import CACHE_SCALES
+from mortise.checkpoint.quantization.dialect import CACHE_SCALES, Statement
 from mortise.checkpoint.quantization.entries import Entry, compiled
 from mortise.checkpoint.quantization.fp8_block import block_placements
 from mortise.checkpoint.quantization.module_scheme import ModuleScheme
@@ -130,6 +130,18 @@ class CompressedTensors:
             dialect=DIALECT,
             reason=said,
         )
+
+    def statement(self, module: str) -> Statement:
+        """See :class:`~mortise.checkpoint.quantization.dialect.Dialect`."""
+        group, said = self._group(module)
+        return Statement(said, is_quantised=group is not None)
+
+    def needed(self, module: str, scheme: ModuleScheme) -> tuple[str, ...]:  # noqa: ARG002
+        """See :class:`~mortise.checkpoint.quantization.dialect.Dialect`."""
+        if scheme.scheme is not WeightScheme.NVFP4:
+            return ("weight_scale",)
+        of_input = (NVFP4_NAMES.input_scale,) if scheme.static_input else ()
+        return ("weight_scale", NVFP4_NAMES.global_scale, *of_input)
 
     def placements(
         self, module: str, target: StoredWeight, scheme: ModuleScheme

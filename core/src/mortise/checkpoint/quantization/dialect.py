@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from mortise.checkpoint.placement import Skip
@@ -19,6 +20,19 @@ CACHE_SCALES: Final = Skip(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a checkpoint says of a module, whatever its tensors are.
+
+    Args:
+        said: by which file, and what.
+        is_quantised: whether it says that the module is quantised.
+    """
+
+    said: str
+    is_quantised: bool
+
+
 class Dialect(Protocol):
     """How one program writes quantised modules: their tensors, and what it says of them."""
 
@@ -29,6 +43,14 @@ class Dialect(Protocol):
             QuantizationConfigError: the scheme is not known, or the tensors contradict what is
                 said of them.
         """
+        ...
+
+    def statement(self, module: str) -> Statement:
+        """What the files beside the tensors say of a module."""
+        ...
+
+    def needed(self, module: str, scheme: ModuleScheme) -> tuple[str, ...]:
+        """Last parts of the names of the tensors without which a quantised module is not whole."""
         ...
 
     def placements(

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from mortise.checkpoint.placement import Placement, Skip, StoredForm
 from mortise.checkpoint.quantization.configuration import CONFIG, Section, contradiction
 from mortise.checkpoint.quantization.conversions import power_of_two_of, scale_of, values_of
+from mortise.checkpoint.quantization.dialect import Statement
 from mortise.checkpoint.quantization.entries import Entry
 from mortise.checkpoint.quantization.module_scheme import ModuleScheme
 from mortise.checkpoint.quantization.stored_modules import FLOATS, dtype_name
@@ -97,8 +98,8 @@ class Fp8Block:
             return ModuleScheme(reason=f"its weight is {dtype}")
         if weight.dtype != WEIGHT_DTYPE:
             raise contradiction(weight.name, dtype, f"{CONFIG} says fp8: float8_e4m3fn")
-        if self._excluded.match(module):
-            raise contradiction(weight.name, dtype, f"{CONFIG} lists it as not converted")
+        if not (statement := self.statement(module)).is_quantised:
+            raise contradiction(weight.name, dtype, statement.said)
         if scale is None and (fused := self._fused_scales(module)) is not None:
             scale = fused.stored
         powers = self.config.scale_fmt == "ue8m0" or (
@@ -110,6 +111,16 @@ class Fp8Block:
             dialect=DIALECT,
             reason=f"{CONFIG} says fp8 in blocks of {BLOCK} x {BLOCK}",
         )
+
+    def statement(self, module: str) -> Statement:
+        """See :class:`~mortise.checkpoint.quantization.dialect.Dialect`."""
+        if self._excluded.match(module):
+            return Statement(f"{CONFIG} lists it as not converted", is_quantised=False)
+        return Statement(f"{CONFIG} says fp8 and does not list it", is_quantised=True)
+
+    def needed(self, module: str, scheme: ModuleScheme) -> tuple[str, ...]:  # noqa: ARG002
+        """See :class:`~mortise.checkpoint.quantization.dialect.Dialect`."""
+        return () if self._fused_scales(module) is not None else ("weight_scale_inv",)
 
     def placements(
         self, module: str, target: StoredWeight, scheme: ModuleScheme

@@ -12,7 +12,7 @@ from pydantic import field_validator
 
 from mortise.checkpoint.quantization.configuration import CONFIG, Section, contradiction
 from mortise.checkpoint.quantization.conversions import scale_of
-from mortise.checkpoint.quantization.dialect import CACHE_SCALES
+from mortise.checkpoint.quantization.dialect import CACHE_SCALES, Statement
 from mortise.checkpoint.quantization.entries import Entry, glob_pattern, glob_prefix
 from mortise.checkpoint.quantization.module_scheme import ModuleScheme
 from mortise.checkpoint.quantization.nvfp4 import (
@@ -86,12 +86,12 @@ class Modelopt:
         weight = leaves.get("weight")
         if weight is None:
             return ModuleScheme(reason="the checkpoint holds no weight of it")
-        if self._excluded.match(module):
-            said = f"{self.where} excludes it"
+        statement = self.statement(module)
+        said = statement.said
+        if not statement.is_quantised:
             if weight.dtype not in FLOATS:
                 raise contradiction(weight.name, dtype_name(weight), said)
             return ModuleScheme(reason=said)
-        said = f"{self.where} says NVFP4 and does not exclude it"
         if weight.dtype != torch.uint8:
             raise contradiction(weight.name, dtype_name(weight), said)
         require_whole_blocks(leaves, weight)
@@ -101,6 +101,16 @@ class Modelopt:
             dialect=DIALECT,
             reason=said,
         )
+
+    def statement(self, module: str) -> Statement:
+        """See :class:`~mortise.checkpoint.quantization.dialect.Dialect`."""
+        if self._excluded.match(module):
+            return Statement(f"{self.where} excludes it", is_quantised=False)
+        return Statement(f"{self.where} says NVFP4 and does not exclude it", is_quantised=True)
+
+    def needed(self, module: str, scheme: ModuleScheme) -> tuple[str, ...]:  # noqa: ARG002
+        """See :class:`~mortise.checkpoint.quantization.dialect.Dialect`."""
+        return ("weight_scale", NVFP4_NAMES.global_scale)
 
     def placements(
         self,

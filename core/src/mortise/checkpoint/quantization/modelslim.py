@@ -12,6 +12,7 @@ from mortise.checkpoint.quantization.configuration import (
     contradiction,
     unknown_value,
 )
+from mortise.checkpoint.quantization.dialect import Statement
 from mortise.checkpoint.quantization.entries import Entry
 from mortise.checkpoint.quantization.modelslim_tensors import (
     VALUES_PER_WORD,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 DIALECT: Final = "modelslim"
 FLOAT: Final = "FLOAT"
 STATIC: Final = "W8A8"
+STATIC_TENSORS: Final = ("deq_scale", "input_scale", "input_offset", "quant_bias")
 
 TYPES: Final[Mapping[str, WeightScheme]] = MappingProxyType(
     {
@@ -78,9 +80,7 @@ class ModelSlim:
         kind = self.description.get(weight.name, FLOAT)
         if kind not in TYPES:
             raise unknown_value(self.file, f"the type of {weight.name}", kind, TYPES)
-        said = f"{self.file} gives it the type {kind}"
-        if weight.name not in self.description:
-            said = f"{self.file} does not name it"
+        said = self.statement(module).said
         if (weight.dtype in FLOATS) != (kind == FLOAT):
             raise contradiction(weight.name, dtype_name(weight), said)
         if kind == FLOAT:
@@ -93,6 +93,17 @@ class ModelSlim:
             dialect=DIALECT,
             reason=said,
         )
+
+    def statement(self, module: str) -> Statement:
+        """See :class:`~mortise.checkpoint.quantization.dialect.Dialect`."""
+        kind = self.description.get(f"{module}.weight")
+        if kind is None:
+            return Statement(f"{self.file} does not name it", is_quantised=False)
+        return Statement(f"{self.file} gives it the type {kind}", is_quantised=kind != FLOAT)
+
+    def needed(self, module: str, scheme: ModuleScheme) -> tuple[str, ...]:  # noqa: ARG002
+        """See :class:`~mortise.checkpoint.quantization.dialect.Dialect`."""
+        return STATIC_TENSORS if scheme.static_input else ("weight_scale",)
 
     def placements(
         self, module: str, target: StoredWeight, scheme: ModuleScheme

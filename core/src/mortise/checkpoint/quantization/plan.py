@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from mortise.checkpoint.json_file import read_json_object
 from mortise.checkpoint.quantization.compressed_tensors import CompressedTensors
 from mortise.checkpoint.quantization.compressed_tensors_config import CompressedTensorsConfig
 from mortise.checkpoint.quantization.configuration import CONFIG, parse, unknown_value
+from mortise.checkpoint.quantization.draft import DraftAsStored, UnquantisedDraft, unreadable
 from mortise.checkpoint.quantization.entries import require_known
 from mortise.checkpoint.quantization.fp8_block import Fp8Block, Fp8Config
 from mortise.checkpoint.quantization.modelopt import Modelopt, ModeloptConfig
 from mortise.checkpoint.quantization.modelslim import ModelSlim
 from mortise.checkpoint.quantization.module_scheme import ModuleScheme
 from mortise.checkpoint.quantization.stored_modules import StoredModules
-from mortise.errors import QuantizationConfigError
+from mortise.errors import ModelConfigError, QuantizationConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,11 +78,17 @@ class QuantizationPlan:
 
         Raises:
             ModelConfigError: a JSON file cannot be read.
-            QuantizationConfigError: as :meth:`read`.
+            QuantizationConfigError: as :meth:`read`; with ``none`` what a file says is not needed,
+                so that none of them is an error.
         """
+        modules = StoredModules(tensors)
         if quantization == "none":
-            return cls(StoredModules(tensors))
-        return cls.read(directory, tensors)
+            return cls(modules, UnquantisedDraft(modules, known_dialect(directory, modules)))
+        try:
+            dialect = dialect_of(directory, modules)
+        except QuantizationConfigError as error:
+            raise unreadable(error) from None
+        return cls(modules, DraftAsStored(modules, dialect))
 
     def scheme(self, module: str) -> ModuleScheme:
         """How one module is stored; FLOAT where the checkpoint holds no tensor of it.
@@ -122,6 +130,13 @@ class QuantizationPlan:
     def skips(self) -> tuple[Skip, ...]:
         """Tensors that the dialect stores and inference does without, each with the reason."""
         return () if self._dialect is None else self._dialect.skips()
+
+    def notable(self) -> Mapping[str, int]:
+        """Why modules are unquantised against what is said of them, and how many: so far.
+
+        Only a draft has such modules; in other checkpoints they are an error.
+        """
+        return Counter(scheme.reason for scheme in self._schemes.values() if scheme.notable)
 
     def check_names(self, modules: Iterable[str]) -> None:
         """Require that every entry of the lists of modules names something that exists.
@@ -176,6 +191,14 @@ def dialect_of(directory: ModelDirectory, modules: StoredModules) -> Dialect | N
         case "modelopt" | "modelopt_fp4":
             return modelopt(raw, CONFIG, modules)
     raise unknown_value(CONFIG, "quant_method", method, METHODS)
+
+
+def known_dialect(directory: ModelDirectory, modules: StoredModules) -> Dialect | None:
+    """Likewise, None also where what is said cannot be read."""
+    try:
+        return dialect_of(directory, modules)
+    except (ModelConfigError, QuantizationConfigError):
+        return None
 
 
 def modelopt(raw: Mapping[str, Any], where: str, modules: StoredModules) -> Modelopt:
