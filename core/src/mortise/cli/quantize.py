@@ -30,6 +30,13 @@ DIALECTS = ("fp8", "compressed-tensors", "modelopt", "modelslim")
     help="Number format of weights and inputs.",
 )
 @click.option(
+    "--draft-scheme",
+    type=click.Choice((*SCHEMES, "none")),
+    default="none",
+    show_default=True,
+    help="Number format of the multi-token prediction layers; none leaves them as they are.",
+)
+@click.option(
     "--dialect",
     type=click.Choice(DIALECTS),
     help="Whose layout is written.  [default: the first here that stores the scheme]",
@@ -72,9 +79,10 @@ def quantize(
     """Write a copy of a model to the directory OUTPUT, quantised.
 
     Quantised are the projections of attention, dense blocks and experts in the decoder layers.
-    Embeddings, head, norms, routers and the layers that guess several tokens ahead stay as they
-    are. fp8 stores fp8-block; compressed-tensors stores w8a8, w4a8, w4a16 and nvfp4; modelopt
-    stores nvfp4; modelslim stores w8a8, w8a8-static, w4a8 and w4a4.
+    Embeddings, head, norms and routers stay as they are. So do multi-token prediction layers,
+    unless --draft-scheme quantises their block too; its inputs are not seen in the calibration, so
+    that nvfp4 quantises its weights only. fp8 stores fp8-block; compressed-tensors stores w8a8,
+    w4a8, w4a16 and nvfp4; modelopt stores nvfp4; modelslim stores w8a8, w8a8-static, w4a8 and w4a4.
 
     OUTPUT appears when everything is written. The table says what was lost: the root mean square
     of the differences between the weights, relative to that of the weights.
@@ -104,6 +112,7 @@ def quantize(
 def _recipe(
     *,
     scheme: str,
+    draft_scheme: str,
     dialect: str | None,
     group_size: int | None,
     ignore: tuple[str, ...],
@@ -115,6 +124,7 @@ def _recipe(
     return Recipe.of(
         scheme,
         dialect,
+        draft_scheme=draft_scheme,
         group_size=group_size,
         ignore=ignore,
         rules=[_rule(text) for text in scheme_for],

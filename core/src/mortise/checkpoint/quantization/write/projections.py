@@ -25,6 +25,7 @@ LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 EMBEDDING: Final = re.compile(r"(?:^|\.)embed\w*$")
 HEAD: Final = "lm_head"
 MTP: Final = "multi-token prediction layer"
+MTP_PREFIX: Final = "mtp."
 
 KEPT: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -38,18 +39,28 @@ KEPT: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Projections inside the decoder layers that stay as they are."""
 
+KEPT_OF_DRAFTS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "eh_proj": "joins embedding and hidden state, outside the draft's block",
+        "head": "head",
+    }
+)
+"""Those that only multi-token prediction layers have; published checkpoints leave them too."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:
     """A module with a weight ``[N, K]``, and how to store it.
 
     ``scheme.reason`` says why; a projection that stays unquantised has the scheme ``FLOAT``.
+    ``is_draft`` says that it is in a multi-token prediction layer.
     """
 
     module: str
     out_features: int
     in_features: int
     scheme: ModuleScheme
+    is_draft: bool = False
 
     @property
     def is_quantised(self) -> bool:
@@ -60,7 +71,8 @@ class Projection:
     def kind(self) -> str:
         """The module's name within its layer, every number as ``*``."""
         within = LAYER.split(self.module, maxsplit=1)[-1]
-        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", within)
+        kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", within)
+        return f"draft's {kind}" if self.is_draft else kind
 
 
 def select_projections(
@@ -78,19 +90,25 @@ def select_projections(
             that are computed together would be stored differently, or nothing would be quantised.
     """
     num_layers = config.get("num_hidden_layers")
+    drafts = recipe.quantises_drafts
     projections = tuple(
         Projection(
             module=module,
             out_features=shape[0],
             in_features=shape[1],
-            scheme=kept_scheme(module, num_layers) or recipe.module_scheme(module, *shape),
+            scheme=kept_scheme(module, num_layers, drafts=drafts)
+            or recipe.module_scheme(module, *shape, of_draft=is_of_draft(module, num_layers)),
+            is_draft=is_of_draft(module, num_layers),
         )
         for module, shape in matrices(tensors)
     )
     if config.get("tie_word_embeddings") and f"{HEAD}.weight" not in tensors:
         projections += (tied_head(),)
-    eligible = [one.module for one in projections if not kept_scheme(one.module, num_layers)]
-    require_matches(recipe, eligible)
+    eligible = [
+        one for one in projections if not kept_scheme(one.module, num_layers, drafts=drafts)
+    ]
+    require_draft(recipe, eligible)
+    require_matches(recipe, [one.module for one in eligible])
     require_agreement(projections)
     if not any(projection.is_quantised for projection in projections):
         raise QuantizationConfigError(
@@ -117,8 +135,8 @@ def tied_head() -> Projection:
     return Projection(module=HEAD, out_features=0, in_features=0, scheme=reason)
 
 
-def kept_scheme(module: str, num_layers: object) -> ModuleScheme | None:
-    """Why a module is never quantised; None if it can be.
+def is_of_draft(module: str, num_layers: object) -> bool:
+    """Whether a module is in a multi-token prediction layer.
 
     Args:
         module: dotted name.
@@ -126,11 +144,50 @@ def kept_scheme(module: str, num_layers: object) -> ModuleScheme | None:
     """
     layer = LAYER.search(module)
     if layer is None:
+        return False
+    is_later = isinstance(num_layers, int) and int(layer[1]) >= num_layers
+    return is_later or module.startswith(MTP_PREFIX)
+
+
+def kept_scheme(module: str, num_layers: object, *, drafts: bool) -> ModuleScheme | None:
+    """Why a module is never quantised; None if it can be.
+
+    Args:
+        module: dotted name.
+        num_layers: layers of the decoder.
+        drafts: whether multi-token prediction layers are quantised too.
+    """
+    if LAYER.search(module) is None:
         return ModuleScheme(reason="outside the decoder layers")
-    if module.startswith("mtp.") or (isinstance(num_layers, int) and int(layer[1]) >= num_layers):
+    of_draft, leaf = is_of_draft(module, num_layers), module.rpartition(".")[2]
+    if of_draft and not drafts:
         return ModuleScheme(reason=MTP)
-    reason = KEPT.get(module.rpartition(".")[2])
+    reason = KEPT.get(leaf) or (KEPT_OF_DRAFTS.get(leaf) if of_draft else None)
     return None if reason is None else ModuleScheme(reason=reason)
+
+
+def require_draft(recipe: Recipe, eligible: Sequence[Projection]) -> None:
+    """Require a draft where one is to be quantised, and no fixed scales of inputs nobody has seen.
+
+    Raises:
+        QuantizationConfigError: there is none, or a scheme asks for such scales.
+    """
+    drafts = [one for one in eligible if one.is_draft]
+    if recipe.quantises_drafts and not drafts:
+        raise QuantizationConfigError(
+            f"--draft-scheme is {recipe.draft_scheme!r}, and the model has no multi-token"
+            " prediction layer",
+            expected="projections under mtp. or in layers past num_hidden_layers of config.json",
+            remedy="leave --draft-scheme out, or give a model with such a layer",
+        )
+    for draft in drafts:
+        if draft.scheme.static_input:
+            raise QuantizationConfigError(
+                f"{described(draft)}, which quantises inputs by scales fixed beforehand",
+                details=["a calibration runs the model, not its multi-token prediction layer"],
+                expected="a scheme with dynamic scales for the projections of the draft",
+                remedy="choose w8a8 for them, by --draft-scheme or by --scheme-for before others",
+            )
 
 
 def require_matches(recipe: Recipe, modules: Sequence[str]) -> None:

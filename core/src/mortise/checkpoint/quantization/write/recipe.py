@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 FLOAT: Final = "float"
+NONE: Final = "none"
 
 SCHEMES: Final[Mapping[str, ModuleScheme]] = MappingProxyType(
     {
@@ -73,6 +74,8 @@ class Recipe:
 
     Args:
         scheme: name of the scheme for every projection that nothing else is said of.
+        draft_scheme: the same for those of multi-token prediction layers; ``none`` leaves these
+            layers as they are, whatever else is asked for.
         dialect: who defined the layout that is written.
         group_size: columns that share a scale where a scheme has groups; None is the default of
             the dialect.
@@ -83,6 +86,7 @@ class Recipe:
 
     scheme: str
     dialect: str
+    draft_scheme: str = NONE
     group_size: int | None = None
     ignore: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -94,6 +98,7 @@ class Recipe:
         scheme: str,
         dialect: str | None = None,
         *,
+        draft_scheme: str = NONE,
         group_size: int | None = None,
         ignore: Sequence[str] = (),
         rules: Sequence[Rule] = (),
@@ -104,6 +109,7 @@ class Recipe:
         Args:
             scheme: as in the class, like all but the following two.
             dialect: None is the default of the scheme.
+            draft_scheme: see the class.
             group_size: see the class.
             ignore: see the class.
             rules: see the class.
@@ -114,6 +120,7 @@ class Recipe:
                 or an option means nothing for them.
         """
         known("scheme", scheme, [name for name in SCHEMES if name != FLOAT])
+        known("--draft-scheme", draft_scheme, [NONE, *(name for name in SCHEMES if name != FLOAT)])
         for rule in rules:
             known(rule.option, rule.scheme, SCHEMES)
         found = dialect or next(name for name, stored in DIALECTS.items() if scheme in stored)
@@ -121,6 +128,7 @@ class Recipe:
         recipe = cls(
             scheme=scheme,
             dialect=found,
+            draft_scheme=draft_scheme,
             group_size=group_size,
             ignore=tuple(ignore),
             rules=tuple(rules),
@@ -136,14 +144,28 @@ class Recipe:
         """Whether the range of some inputs has to be known."""
         return any(SCHEMES[name].static_input for name in self._schemes())
 
-    def module_scheme(self, module: str, out_features: int, in_features: int) -> ModuleScheme:
-        """How to store a projection ``[N, K]``; ``reason`` says which option wants it so."""
+    @property
+    def quantises_drafts(self) -> bool:
+        """Whether multi-token prediction layers are quantised too."""
+        return self.draft_scheme != NONE
+
+    def module_scheme(
+        self, module: str, out_features: int, in_features: int, *, of_draft: bool = False
+    ) -> ModuleScheme:
+        """How to store a projection ``[N, K]``; ``reason`` says which option wants it so.
+
+        The inputs of a draft are not seen in a calibration, so that its ``nvfp4`` has no scale for
+        them: such a projection is quantised in its weight alone.
+        """
         for pattern in self.ignore:
             if fnmatch.fnmatchcase(module, pattern):
                 return ModuleScheme(reason=f"--ignore {pattern}")
         rule = next((one for one in self.rules if fnmatch.fnmatchcase(module, one.pattern)), None)
-        name = self.scheme if rule is None else rule.scheme
-        reason = f"--scheme {name}" if rule is None else rule.option
+        option, default = ("--scheme", self.scheme)
+        if of_draft:
+            option, default = ("--draft-scheme", self.draft_scheme)
+        name = default if rule is None else rule.scheme
+        reason = f"{option} {name}" if rule is None else rule.option
         if name == FLOAT:
             return ModuleScheme(reason=reason)
         misfit = self._misfit(name, out_features, in_features)
@@ -155,6 +177,7 @@ class Recipe:
         scheme = SCHEMES[name]
         return replace(
             scheme,
+            static_input=scheme.static_input and not (of_draft and name == "nvfp4"),
             group_size=group_size,
             scale_format=(
                 self.scale_format
@@ -188,8 +211,8 @@ class Recipe:
 
     def _check_pairs(self) -> None:
         stored = DIALECTS[self.dialect]
-        for name in self._schemes():
-            if name not in stored and name != FLOAT:
+        for name in (*self._schemes(), self.draft_scheme):
+            if name not in (*stored, FLOAT, NONE):
                 elsewhere = [dialect for dialect, names in DIALECTS.items() if name in names]
                 raise QuantizationConfigError(
                     f"dialect {self.dialect} cannot store scheme {name}",
@@ -207,7 +230,8 @@ class Recipe:
                 expected=f"a multiple of {VALUES_PER_WORD} columns",
                 remedy="correct --group-size",
             )
-        if not any((self.dialect, name) in DEFAULT_GROUPS for name in self._schemes()):
+        asked = (*self._schemes(), self.draft_scheme)
+        if not any((self.dialect, name) in DEFAULT_GROUPS for name in asked):
             grouped = [f"{name} of {dialect}" for dialect, name in DEFAULT_GROUPS]
             raise QuantizationConfigError(
                 f"--group-size is {self.group_size}, and {self.scheme} of {self.dialect} has no"
@@ -226,7 +250,9 @@ class Recipe:
 
 
 def scheme_name(scheme: ModuleScheme) -> str:
-    """The name by which a scheme is asked for."""
+    """The name by which a scheme is asked for, and what it lacks of it."""
+    if scheme.scheme is WeightScheme.NVFP4 and not scheme.static_input:
+        return "nvfp4, weights only"
     return next(
         name
         for name, asked in SCHEMES.items()
