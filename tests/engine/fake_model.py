@@ -144,6 +144,7 @@ def fake_engine(
         pool=model.new_pool(num_pages, torch.float32, CPU),
         device=CPU,
         threads=None,
+        draft=None,
         group=ExpertParallelGroup(),
         modes=(DispatchMode.NORMAL,),
         facts=ModelFacts(

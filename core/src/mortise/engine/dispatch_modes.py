@@ -31,14 +31,16 @@ def dispatch_modes(config: EngineConfig, group: ExpertParallelGroup) -> tuple[Di
 
 def _check_capacity(config: EngineConfig) -> None:
     capacity = config.dispatch.max_tokens_per_rank
-    scheduler = config.scheduler
-    for name in ("max_num_batched_tokens", "max_num_seqs"):
-        tokens = getattr(scheduler, name)
-        if tokens > capacity:
+    scheduler, rows = config.scheduler, 1 + config.draft.num_tokens
+    drafts = f" and draft.num_tokens {rows - 1}, {rows} rows a request" if rows > 1 else ""
+    for name, each, also in (("max_num_batched_tokens", 1, ""), ("max_num_seqs", rows, drafts)):
+        most = getattr(scheduler, name)
+        if most * each > capacity:
             raise ConfigError(
                 f"dispatch.mode is 'low_latency', whose capacity is {capacity} tokens a step, and"
-                f" scheduler.{name} is {tokens}",
-                expected=f"scheduler.{name} of at most dispatch.max_tokens_per_rank",
+                f" scheduler.{name} is {most}{also}",
+                expected=f"scheduler.{name} of at most {capacity // each},"
+                " from dispatch.max_tokens_per_rank",
                 remedy=f"lower scheduler.{name}, raise dispatch.max_tokens_per_rank, or set"
                 " dispatch.mode to 'auto', which reads prompts by the normal exchange",
             )

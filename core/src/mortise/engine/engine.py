@@ -11,24 +11,25 @@ from mortise.engine.events import TokenEvent
 from mortise.engine.healing import Healing, healing_of
 from mortise.engine.limits import check_prompt, new_token_limit, state_slots
 from mortise.engine.lockstep import Lockstep
-from mortise.engine.logprobs import TokenLogprobs, logprobs_of
 from mortise.engine.request import Finish, FinishReason, Request, finish_of
 from mortise.engine.runner import Runner
-from mortise.engine.sampler import sample
 from mortise.engine.scheduler import Scheduler
+from mortise.engine.speculative.drafter import Drafter
+from mortise.engine.step import Progress, Stepper
 from mortise.engine.text import TextStream
 from mortise.errors import ModelConfigError, PromptTooLongError
 from mortise.kv.pages import PageAllocator, pages_for
 from mortise.kv.slots import SlotAllocator
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
     from mortise.checkpoint import Tokenizer
     from mortise.config import EngineConfig
     from mortise.engine.loading import LoadedModel
+    from mortise.engine.logprobs import TokenLogprobs
     from mortise.engine.sampling_params import SamplingParams
 
 
@@ -51,6 +52,7 @@ class Engine:
         )
         self._tokenizer = tokenizer
         self._chunk = config.scheduler.max_num_batched_tokens
+        self._num_draft_tokens = config.draft.num_tokens
         self._allocator = PageAllocator(loaded.pool.num_pages)
         self._slots = SlotAllocator(state_slots(config.scheduler))
         self.scheduler = Scheduler(
@@ -58,10 +60,19 @@ class Engine:
             self._slots,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            num_draft_tokens=self._num_draft_tokens,
+            context=loaded.facts.max_position_embeddings,
         )
         self.runner = Runner(loaded.model, loaded.pool, loaded.device, loaded.threads)
+        self.drafter = _drafter(loaded, self._num_draft_tokens)
+        self._stepper = Stepper(self.runner, self.drafter)
         self._modes = loaded.modes
-        self._lockstep = Lockstep(loaded.group, loaded.modes, config.dispatch.max_tokens_per_rank)
+        self._lockstep = Lockstep(
+            loaded.group,
+            loaded.modes,
+            config.dispatch.max_tokens_per_rank,
+            is_drafting=self.drafter is not None,
+        )
         self._ids = count()
 
     @property
@@ -117,6 +128,7 @@ class Engine:
             text=self._text_stream(token_ids, params, healing),
             healing=healing,
             index=index,
+            num_draft_tokens=self._num_draft_tokens,
         )
 
     def add(self, request: Request) -> None:
@@ -132,19 +144,32 @@ class Engine:
             self.scheduler.remove(request)
 
     def step(self) -> list[TokenEvent]:
-        """Run one forward pass; the tokens that came of it, none if it only read prompts.
+        """Run the passes of one step; the tokens that came of it, none if it only read prompts.
+
+        If it fails, every running request is as it was before, and is computed again from its
+        tokens when the engine goes on.
 
         Raises:
             RankLostError: another rank died or does not answer.
         """
         batch = self.scheduler.schedule()
         assert batch is not None, "a step without work"
-        mode = self._lockstep.agree(batch)
-        assert mode is not None
-        places = batch.sampled()
-        logits_BV = self.runner.run(batch, places, mode)
-        self.scheduler.advance(batch)
-        return self._sample(logits_BV, [batch.requests[place] for place in places])
+        randoms = [
+            (request.random, request.random.getstate())
+            for request in batch.requests
+            if not request.params.is_greedy
+        ]
+        try:
+            plan = self._lockstep.agree(batch)
+            assert plan is not None
+            results = self._stepper.run(batch, plan)
+        except BaseException:
+            for random, state in randoms:
+                random.setstate(state)
+            self.scheduler.start_over()
+            raise
+        now = time.perf_counter()
+        return [event for progress in results for event in self._collect(progress, now)]
 
     def follow(self) -> None:
         """Take part in the steps of other ranks, without work of one's own, until all are done.
@@ -153,8 +178,8 @@ class Engine:
             RankLostError: another rank died or does not answer.
         """
         assert not self.has_work
-        while (mode := self._lockstep.agree(None)) is not None:
-            self.runner.idle(mode)
+        while (plan := self._lockstep.agree(None)) is not None:
+            self._stepper.idle(plan)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """float32 ``[T, vocab]``: what the model expects after each token of one sequence.
@@ -176,27 +201,31 @@ class Engine:
         try:
             slot = self._slots.allocate()
             try:
-                return self.runner.logits(token_ids, pages, self._chunk, self._modes[0], slot)
+                return self.runner.score(token_ids, pages, self._chunk, self._modes[0], slot)
             finally:
                 self._slots.release(slot)
         finally:
             self._allocator.release(pages)
 
-    def _sample(self, logits_BV: torch.Tensor, requests: list[Request]) -> list[TokenEvent]:
-        if not requests:
-            return []
-        token_ids = sample(logits_BV, requests)
-        logprobs = logprobs_of(logits_BV, token_ids, requests)
-        now = time.perf_counter()
-        return [
-            self._collect(request, token_id, logprob, now)
-            for request, token_id, logprob in zip(requests, token_ids, logprobs, strict=True)
-        ]
+    def _collect(self, progress: Progress, now: float) -> Iterator[TokenEvent]:
+        """Note what a step brought a request, and let go of it if its last token is there."""
+        request = progress.request
+        request.num_computed = progress.num_computed
+        request.draft_hidden = progress.draft_hidden
+        if progress.num_drafted:
+            assert request.drafting is not None
+            num_accepted = len(progress.token_ids) - 1
+            request.drafting = request.drafting.after(progress.num_drafted, num_accepted)
+        for token_id, logprobs in zip(progress.token_ids, progress.logprobs, strict=True):
+            yield self._token(request, token_id, logprobs, now)
+            if request.finish is not None:
+                # Tokens that were accepted after the last one are of no use.
+                return
 
-    def _collect(
+    def _token(
         self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now: float
     ) -> TokenEvent:
-        """Give a request its token, and let go of it if that was the last."""
+        """Give a request a token."""
         request.token_ids.append(token_id)
         if request.first_token_at is None:
             request.first_token_at = now
@@ -227,3 +256,16 @@ class Engine:
                 remedy="give stop_token_ids, or add tokenizer.json to the model directory",
             )
         return None
+
+
+def _drafter(loaded: LoadedModel, num_tokens: int) -> Drafter | None:
+    if loaded.draft is None:
+        return None
+    return Drafter(
+        loaded.draft.model,
+        loaded.draft.pool,
+        loaded.model,
+        loaded.device,
+        num_tokens,
+        loaded.threads,
+    )

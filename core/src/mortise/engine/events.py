@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mortise.engine.logprobs import TokenLogprobs
     from mortise.engine.request import Finish, FinishReason, Request
+    from mortise.engine.speculative.statistics import DraftStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Completion:
         seed: of its random numbers; the same seed gives the same tokens.
         logprobs: one entry a token, if they were asked for.
         timings: wall time.
+        drafting: how many tokens were drafted and accepted; None where nothing drafts.
     """
 
     index: int
@@ -98,3 +100,4 @@ class Completion:
     seed: int
     logprobs: tuple[TokenLogprobs, ...] | None
     timings: Timings
+    drafting: DraftStatistics | None = None

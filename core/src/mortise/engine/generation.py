@@ -119,6 +119,7 @@ class Generation:
                 None if request.params.logprobs is None else tuple(self._logprobs[request.index])
             ),
             timings=Timings.of(request),
+            drafting=request.drafting,
         )
 
 

@@ -158,10 +158,11 @@ class LLM:
     def decisions(self) -> tuple[Decision, ...]:
         """Every decision with its rule and reason, in the order in which they were taken."""
         warmed = self._jobs if self._warmed is None else self._warmed.jobs
+        draft = self._loaded.draft
+        decisions = (*self._loaded.decisions, *(() if draft is None else draft.decisions))
         if not warmed:
-            return self._loaded.decisions
-        decision = warmup_decision(self._loaded.bound.ops, len(warmed), self._warmed)
-        return (*self._loaded.decisions, decision)
+            return decisions
+        return (*decisions, warmup_decision(self._loaded.bound.ops, len(warmed), self._warmed))
 
     @property
     def warmup_seconds(self) -> float:

@@ -7,7 +7,11 @@ from enum import StrEnum
 from random import Random
 from typing import TYPE_CHECKING
 
+from mortise.engine.speculative.statistics import DraftStatistics
+
 if TYPE_CHECKING:
+    import torch
+
     from mortise.engine.healing import Healing
     from mortise.engine.sampling_params import SamplingParams
     from mortise.engine.text import TextStream
@@ -38,7 +42,8 @@ class Request:
     The engine alone changes it. ``token_ids`` are the prompt's tokens and then the generated ones;
     the first ``num_computed`` of them have their rows in the cache, in ``pages``, and are what
     recurrent layers remember in ``state_slot``, which a request has while it runs. All but the last
-    token must be there before another can be sampled.
+    token must be there before another can be sampled. ``draft_hidden`` is where its next drafts
+    begin, a hidden state ``[H]`` of the draft model; None where it is not drafted for.
 
     Args:
         id: number that tells the requests of an engine apart.
@@ -50,11 +55,14 @@ class Request:
         text: makes text of its tokens; None where there is no tokenizer.
         healing: what its first new token stands in for; None if it simply goes on.
         index: place of the prompt in its call.
+        num_draft_tokens: tokens drafted for it in one step; 0 if nothing drafts.
     """
 
     __slots__ = (
         "added_at",
         "arrival",
+        "draft_hidden",
+        "drafting",
         "finish",
         "finished_at",
         "first_token_at",
@@ -88,6 +96,7 @@ class Request:
         text: TextStream | None = None,
         healing: Healing | None = None,
         index: int = 0,
+        num_draft_tokens: int = 0,
     ) -> None:
         self.id = id
         self.index = index
@@ -105,6 +114,8 @@ class Request:
         self.prefill_target = len(prompt_token_ids)
         self.pages: list[int] = []
         self.state_slot: int | None = None
+        self.draft_hidden: torch.Tensor | None = None
+        self.drafting = DraftStatistics.none(num_draft_tokens) if num_draft_tokens else None
         self.num_preemptions = 0
         self.finish: Finish | None = None
         self.added_at = 0.0
@@ -138,6 +149,7 @@ class Request:
         """Forget what is in the cache; every token so far will be computed again."""
         self.pages = []
         self.state_slot = None
+        self.draft_hidden = None
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)
         self.num_preemptions += 1

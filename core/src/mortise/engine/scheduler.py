@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from mortise.engine.batch import Batch
 from mortise.kv.pages import PAGE_SIZE, PageAllocator, pages_for
 from mortise.spec.roles import ForwardMode
 
@@ -15,38 +15,18 @@ if TYPE_CHECKING:
     from mortise.kv.slots import SlotAllocator
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """The work of one step.
-
-    Args:
-        mode: of the whole pass; one pass has one mode.
-        requests: who takes part, in order of arrival.
-        query_lens: new tokens of each, from its first token that is not in the cache.
-    """
-
-    mode: ForwardMode
-    requests: tuple[Request, ...]
-    query_lens: tuple[int, ...]
-
-    def sampled(self) -> list[int]:
-        """Places of the requests that get a new token: those whose last token is in this pass."""
-        return [
-            place
-            for place, (request, query_len) in enumerate(
-                zip(self.requests, self.query_lens, strict=True)
-            )
-            if request.num_computed + query_len == len(request.token_ids)
-        ]
+TURNS: Final = (ForwardMode.PREFILL, ForwardMode.TARGET_VERIFY, ForwardMode.DECODE)
+"""Kinds of work, each of which is next after the one before it."""
 
 
 class Scheduler:
     """Continuous batching with chunked prefill, over pages that are allocated as they are needed.
 
-    A step either reads prompts or gives one token to each running request; where both kinds of
-    work wait they take turns, so that neither starves. Requests are admitted in the order they
+    A step reads prompts, or drafts and verifies several tokens of each running request that is
+    drafted for, or gives one token to each of the others; where several kinds of work wait they
+    take turns, so that none starves. Requests are admitted in the order they
     came, when the pages for all their tokens so far are free. A running request takes a page when
-    its next token needs one; if none is free, the youngest running request gives its pages back
+    its next tokens need one; if none is free, the youngest running request gives its pages back
     and is computed again later. The oldest request therefore always goes on, and so each finishes.
 
     Args:
@@ -54,6 +34,8 @@ class Scheduler:
         slots: for the states of requests that run, one for each.
         max_num_seqs: requests that run at the same time.
         max_num_batched_tokens: tokens of prompts in one step.
+        num_draft_tokens: tokens drafted for a request in one step; 0 drafts none.
+        context: positions that the model knows.
     """
 
     def __init__(
@@ -63,12 +45,17 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        num_draft_tokens: int,
+        context: int,
     ) -> None:
         assert slots.num_slots >= max_num_seqs
         self._allocator = allocator
         self._slots = slots
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._num_draft_tokens = num_draft_tokens
+        # What a request can reach when it runs alone.
+        self._most_tokens = min(context, allocator.num_pages * PAGE_SIZE)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._last_mode = ForwardMode.DECODE
@@ -92,18 +79,18 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Choose the work of the next step and allocate its pages; None when there is none."""
         self._admit()
-        if self._last_mode is ForwardMode.PREFILL:
-            batch = self._decode() or self._prefill()
-        else:
-            batch = self._prefill() or self._decode()
-        if batch is not None:
-            self._last_mode = batch.mode
-        return batch
+        turn = TURNS.index(self._last_mode) + 1
+        for mode in (*TURNS[turn:], *TURNS[:turn]):
+            batch = self._prefill() if mode is ForwardMode.PREFILL else self._generate(mode)
+            if batch is not None:
+                self._last_mode = mode
+                return batch
+        return None
 
-    def advance(self, batch: Batch) -> None:
-        """Note that the tokens of a batch are in the cache."""
-        for request, query_len in zip(batch.requests, batch.query_lens, strict=True):
-            request.num_computed += query_len
+    def start_over(self) -> None:
+        """After a step that failed: compute every running request again, from its tokens."""
+        for request in reversed(tuple(self._running)):
+            self._preempt(request)
 
     def remove(self, request: Request) -> None:
         """Let go of a request that is finished or given up."""
@@ -148,24 +135,35 @@ class Scheduler:
                 left -= query_len
         return _batch(ForwardMode.PREFILL, requests, query_lens)
 
-    def _decode(self) -> Batch | None:
+    def _generate(self, mode: ForwardMode) -> Batch | None:
+        """New tokens for the running requests that are drafted for, or for those that are not."""
+        is_drafted = mode is ForwardMode.TARGET_VERIFY
+        num_drafts = self._num_draft_tokens if is_drafted else 0
         for request in tuple(self._running):
             # A request that was preempted for an older one is not running any more.
-            if not request.is_prefilling and request in self._running:
-                self._make_room(request)
-        requests = [request for request in self._running if not request.is_prefilling]
-        return _batch(ForwardMode.DECODE, requests, [1] * len(requests))
+            if self._generates(request, is_drafted) and request in self._running:
+                self._make_room(request, num_drafts)
+        requests = [request for request in self._running if self._generates(request, is_drafted)]
+        return _batch(mode, requests, [1 + num_drafts] * len(requests))
 
-    def _make_room(self, request: Request) -> None:
-        """Give a request the page of its next token, at the cost of the youngest if need be."""
-        if pages_for(len(request.token_ids)) <= len(request.pages):
+    def _generates(self, request: Request, is_drafted: bool) -> bool:
+        """Whether a request wants new tokens, with drafts or without."""
+        if request.is_prefilling:
+            return False
+        has_room = len(request.token_ids) + self._num_draft_tokens <= self._most_tokens
+        return is_drafted is (request.draft_hidden is not None and has_room)
+
+    def _make_room(self, request: Request, num_drafts: int) -> None:
+        """Give a request the pages of its next tokens, at the cost of the youngest if need be."""
+        needed = pages_for(len(request.token_ids) + num_drafts) - len(request.pages)
+        if needed <= 0:
             return
-        while self._allocator.num_free == 0:
+        while self._allocator.num_free < needed:
             youngest = self._running[-1]
             self._preempt(youngest)
             if youngest is request:
                 return
-        request.pages.extend(self._allocator.allocate(1))
+        request.pages.extend(self._allocator.allocate(needed))
 
     def _preempt(self, request: Request) -> None:
         self._let_go(request)

@@ -9,6 +9,7 @@ from mortise.engine.events import Completion, Timings
 from mortise.engine.generation import Generation
 from mortise.engine.logprobs import TokenLogprobs
 from mortise.engine.request import FinishReason
+from mortise.engine.speculative.statistics import DraftStatistics
 from mortise.parallel.collectives import all_gather_objects
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def generate_shared(
 
 def _completion(fields: dict[str, Any]) -> Completion:
     """A completion whose lists and numbers came through JSON."""
-    logprobs = fields["logprobs"]
+    logprobs, drafting = fields["logprobs"], fields["drafting"]
     return Completion(
         **{
             **fields,
@@ -60,9 +61,14 @@ def _completion(fields: dict[str, Any]) -> Completion:
             "finish_reason": FinishReason(fields["finish_reason"]),
             "logprobs": None if logprobs is None else tuple(map(_token_logprobs, logprobs)),
             "timings": Timings(**fields["timings"]),
+            "drafting": None if drafting is None else _statistics(drafting),
         }
     )
 
 
 def _token_logprobs(fields: dict[str, Any]) -> TokenLogprobs:
     return TokenLogprobs(fields["token"], tuple((token, value) for token, value in fields["top"]))
+
+
+def _statistics(fields: dict[str, Any]) -> DraftStatistics:
+    return DraftStatistics(**{**fields, "accepted_by_place": tuple(fields["accepted_by_place"])})
