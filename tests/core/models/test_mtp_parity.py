@@ -1,109 +1,191 @@
-"""The multi-token prediction layer computes what transformers' does, under the hub's names."""
+"""A NextN layer drafts what transformers' does, however its rows are cut, batched and paged."""
 
 from __future__ import annotations
 
-import re
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.fixtures.paged_models import CPU, reference_context
-from tests.fixtures.tiny_models import YARN, tiny_transformers_model
+from tests.fixtures.nextn_models import PagedDraft, TransformersNextN
+from tests.fixtures.paged_models import Request, scattered_pages
+from tests.fixtures.tiny_models import YARN
 
-from mortise.layers.paged_attention import BatchLayout
-from mortise.models.registry import family_of
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from pathlib import Path
 
-    from mortise.checkpoint.load import Placement
+TOLERANCE = 1e-4
+NUM_TOKENS = 85
 
-NUM_TOKENS = 70
-NUM_LAYERS = 2
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v3": ("deepseek_v3", {}),
+    "v3, yarn, no groups": (
+        "deepseek_v3",
+        {"rope_parameters": YARN, "n_group": 1, "topk_group": 1},
+    ),
+    "v3, no latent query, halves rotated": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "rope_interleave": False, "v_head_dim": 56},
+    ),
+    "v3, every other layer dense, biases, tied, another epsilon": (
+        "deepseek_v3",
+        {
+            "first_k_dense_replace": 2,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 0.3,
+        },
+    ),
+    "glm4": ("glm4_moe", {}),
+    "glm4, neither biases nor norms of heads, yarn": (
+        "glm4_moe",
+        {"attention_bias": False, "use_qk_norm": False, "rope_parameters": YARN},
+    ),
+    "glm4, everything rotated, one key head, groups": (
+        "glm4_moe",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 1.0,
+            },
+            "num_key_value_heads": 1,
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
+    "glm4, tied, two shared experts, another epsilon": (
+        "glm4_moe",
+        {"tie_word_embeddings": True, "n_shared_experts": 2, "rms_norm_eps": 0.3},
+    ),
+    "v32": ("deepseek_v32", {}),
+    "v32, yarn, ties between few index heads": (
+        "deepseek_v32",
+        {"rope_parameters": YARN, "index_n_heads": 2, "index_topk": 9},
+    ),
+    "v32, every key seen": ("deepseek_v32", {"index_topk": 512, "tie_word_embeddings": True}),
+    "glm5": ("glm_moe_dsa", {}),
+    "glm5, the last layer shares a choice": (
+        "glm_moe_dsa",
+        {"indexer_types": ["full", "shared"], "index_topk": 12},
+    ),
+}
 
 
-def hub_tensors(model: torch.nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Parameters in memory under the names of the hub, experts one by one."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            for expert, gate_up in enumerate(value):
-                gate, up = gate_up.chunk(2)
-                own = f"{prefix}{name.removesuffix('gate_up_proj')}{expert}"
-                tensors[f"{own}.gate_proj.weight"], tensors[f"{own}.up_proj.weight"] = gate, up
-        elif name.endswith("experts.down_proj"):
-            for expert, down in enumerate(value):
-                own = f"{prefix}{name.removesuffix('down_proj')}{expert}"
-                tensors[f"{own}.down_proj.weight"] = down
-        else:
-            tensors[prefix + name] = value
-    return tensors
+@cache
+def oracle(name: str) -> TransformersNextN:
+    model_type, overrides = CONFIGURATIONS[name]
+    return TransformersNextN(model_type, **{"num_hidden_layers": 2} | overrides)
 
 
-def mtp_tensors(mtp: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds in the layer after the last, beside embedding and head."""
-    tensors = hub_tensors(mtp.layers[0], f"model.layers.{NUM_LAYERS}.")
-    return {
-        re.sub(r"\.mtp_block\.", ".", name).replace(".post_norm.", ".shared_head.norm."): value
-        for name, value in tensors.items()
-    }
+@cache
+def loaded(name: str, root: Path) -> PagedDraft:
+    return PagedDraft(oracle(name).save(root / str(list(CONFIGURATIONS).index(name))))
 
 
-@torch.no_grad()
-def fill(targets: Iterable[Placement], tensors: dict[str, torch.Tensor]) -> None:
-    for placement in targets:
-        if placement.optional and placement.name not in tensors:
-            continue
-        stored = tensors.pop(placement.name)
-        assert stored.shape == placement.target.shape
-        placement.target.copy_(stored)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
 
 
-@pytest.mark.parametrize(
-    "overrides", [{}, {"rope_parameters": YARN, "n_group": 1, "topk_group": 1}]
-)
-@torch.inference_mode()
-def test_logits_of_the_token_after_the_next(overrides: dict[str, Any]) -> None:
-    from transformers.modeling_layers import MtpModel
+@pytest.fixture(params=CONFIGURATIONS)
+def name(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
 
-    theirs = tiny_transformers_model(
-        model_type="deepseek_v3",
-        num_hidden_layers=NUM_LAYERS,
-        num_nextn_predict_layers=1,
-        **overrides,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        their_mtp = MtpModel(theirs, 1).eval()
-        for parameter in their_mtp.layers.parameters():
-            parameter.normal_(std=0.1) if parameter.dim() > 1 else parameter.normal_(1, 0.1)
-    tokens = torch.randint(0, 256, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-    hidden = theirs.model(tokens).last_hidden_state[:, :-1]
-    # The layer joins the state of a token with the embedding of the next, whose position it takes.
-    drafted = their_mtp.forward_layer(
-        0,
-        hidden,
-        position_ids=torch.arange(1, NUM_TOKENS).unsqueeze(0),
-        mtp_cache=None,
-        input_ids=tokens[:, 1:],
-    )
-    expected = theirs.lm_head(drafted)[0]
 
-    raw = theirs.config.to_dict()
-    family = family_of(raw)
-    model = family.build(raw, reference_context())
-    fill(family.placements(model), hub_tensors(theirs))
-    model.finish_loading()
-    draft = family.build_draft(raw, reference_context())
-    tensors = mtp_tensors(their_mtp)
-    fill(family.draft_placements(draft, model), tensors)
-    assert not tensors, "every tensor of the layer has its place"
-    draft.finish_loading()
+@pytest.fixture
+def draft(name: str, root: Path) -> PagedDraft:
+    draft = loaded(name, root)
+    draft.poison()
+    return draft
 
-    pool = draft.new_pool(4, torch.float32, CPU)
-    length = NUM_TOKENS - 1
-    layout = BatchLayout.build(ForwardMode.PREFILL, [length], [length], [[2, 1]], CPU)
-    got = draft.run(model.embed(tokens[0, 1:]), hidden[0], draft.new_pass(pool, layout))
+
+def tokens_of(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert expected.abs().max() > 0.5
-    torch.testing.assert_close(model.logits(got), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+
+
+def rows(tokens: torch.Tensor, start: int, end: int, pages: list[int]) -> Request:
+    """The rows at positions ``[start, end)`` of a prompt, which read the tokens after theirs."""
+    return Request(tokens[start + 1 : end + 1], end, pages, prompt_len=len(tokens) - 1)
+
+
+def test_logits_of_the_token_after_the_next(name: str, draft: PagedDraft) -> None:
+    tokens = tokens_of(NUM_TOKENS)
+    request = Request(tokens[1:], NUM_TOKENS - 1, scattered_pages(NUM_TOKENS))
+    hidden = oracle(name).hidden(tokens)[:-1]
+    got = draft.forward(ForwardMode.PREFILL, [request], [hidden])
+    assert_close(got, oracle(name).logits(tokens))
+
+
+def test_chunks_then_verified_rows_then_single_ones(name: str, draft: PagedDraft) -> None:
+    """A prompt in pieces, what a verification leaves, and what is drafted after it."""
+    tokens, pages = tokens_of(NUM_TOKENS), scattered_pages(NUM_TOKENS)
+    hidden = oracle(name).hidden(tokens)
+    passes = [
+        *[(ForwardMode.PREFILL, start, end) for start, end in ((0, 30), (30, 31), (31, 63))],
+        *[(ForwardMode.DRAFT_EXTEND, start, start + 4) for start in (63, 67, 71)],
+        *[(ForwardMode.DECODE, start, start + 1) for start in range(75, NUM_TOKENS - 1)],
+    ]
+    got = [
+        draft.forward(mode, [rows(tokens, start, end, pages)], [hidden[start:end]])
+        for mode, start, end in passes
+    ]
+    assert_close(torch.cat(got), oracle(name).logits(tokens))
+
+
+def test_rows_written_again_after_a_rejection(name: str, draft: PagedDraft) -> None:
+    """What a draft wrote for tokens that were not accepted is overwritten before it is read."""
+    tokens, pages, wrong = tokens_of(50), scattered_pages(50), tokens_of(4, seed=9)
+    hidden = oracle(name).hidden(tokens)
+    draft.forward(ForwardMode.PREFILL, [rows(tokens, 0, 40, pages)], [hidden[:40]])
+    for position in range(40, 44):
+        guess = Request(wrong[position - 40 :][:1], position + 1, pages, prompt_len=49)
+        draft.forward(ForwardMode.DECODE, [guess], [hidden[7:8]])
+    got = [
+        draft.forward(
+            ForwardMode.DRAFT_EXTEND, [rows(tokens, start, start + 3, pages)], [hidden[start:][:3]]
+        )
+        for start in (40, 43, 46)
+    ]
+    assert_close(torch.cat(got), oracle(name).logits(tokens)[40:])
+
+
+def test_a_batch_equals_its_requests(name: str, draft: PagedDraft) -> None:
+    lengths, pages = (66, 4, 65, 20), [[9, 2], [4], [7, 3], [0]]
+    sequences = [tokens_of(length + 6, seed=length) for length in lengths]
+    hidden = [oracle(name).hidden(sequence) for sequence in sequences]
+    expected = [oracle(name).logits(sequence) for sequence in sequences]
+    ends = [0] * len(lengths)
+    for mode, counts in (
+        (ForwardMode.PREFILL, lengths),
+        (ForwardMode.DRAFT_EXTEND, (3, 3, 3, 3)),
+        (ForwardMode.DECODE, (1, 1, 1, 1)),
+        (ForwardMode.DECODE, (1, 1, 1, 1)),
+    ):
+        starts, ends = ends, [end + count for end, count in zip(ends, counts, strict=True)]
+        spans = list(zip(starts, ends, strict=True))
+        requests = [
+            rows(sequence, *span, own)
+            for sequence, span, own in zip(sequences, spans, pages, strict=True)
+        ]
+        got = draft.forward(
+            mode,
+            requests,
+            [own[start:end] for own, (start, end) in zip(hidden, spans, strict=True)],
+        )
+        wanted = [own[start:end] for own, (start, end) in zip(expected, spans, strict=True)]
+        assert_close(got, torch.cat(wanted))
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+def test_a_pass_without_requests(draft: PagedDraft, mode: ForwardMode) -> None:
+    assert draft.forward(mode, [], []).shape == (0, 272)
+    assert draft.cached.isnan().all(), "an idle pass wrote to the cache"
