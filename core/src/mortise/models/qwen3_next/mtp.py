@@ -115,13 +115,16 @@ class Qwen3NextDraft(nn.Module):
 def _require_layer(config: Qwen3NextConfig) -> None:
     if not config.mtp_num_hidden_layers:
         raise ModelConfigError(
-            "mtp_num_hidden_layers is 0: the model has no multi-token prediction layer",
-            expected="at least 1 to draft with it",
-            remedy="set draft.num_tokens to 0, or name a model that has the layer in draft.model",
+            f"this {config.model_type} model has no multi-token prediction layer to draft with",
+            details=["mtp_num_hidden_layers of config.json is 0"],
+            expected="mtp_num_hidden_layers: 1",
+            remedy="leave out draft.num_tokens (--draft), or name a directory that holds the"
+            " layer in draft.model",
         )
     if config.mtp_use_dedicated_embeddings:
         raise ModelConfigError(
-            "mtp_use_dedicated_embeddings is true: the layer has an embedding of its own",
-            expected="false: a draft reads the main model's embedding",
-            remedy="set draft.num_tokens to 0",
+            "the multi-token prediction layer has an embedding of its own",
+            details=["mtp_use_dedicated_embeddings of config.json is true"],
+            expected="a layer that reads the main model's embedding",
+            remedy="leave out draft.num_tokens (--draft)",
         )

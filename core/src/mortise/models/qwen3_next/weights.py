@@ -67,7 +67,10 @@ def draft_skips(config: Qwen3NextConfig, group: ExpertParallelGroup) -> tuple[Sk
     layer = re.escape(DRAFT_LAYER)
     declared = [
         Skip(r"(?!mtp\.).*", "the main model's"),
-        Skip(rf"(?!{layer}\.)mtp\.layers\.\d+\..*", "only the first of them drafts"),
+        Skip(
+            rf"(?!{layer}\.)mtp\.layers\.\d+\..*",
+            "only the first multi-token prediction layer drafts",
+        ),
         Skip(rf"{layer}\.self_attn\.rotary_emb\.inv_freq", "computed from the configuration"),
     ]
     if group.world_size > 1:
