@@ -61,15 +61,27 @@ def drive(engine: Engine, waiting: list[tuple[Arrival, Request]], max_steps: int
     num_pages=st.integers(4, 12),
     max_num_seqs=st.integers(1, 5),
     max_num_batched_tokens=st.integers(1, 200),
+    num_draft_tokens=st.integers(0, 5),
+    wrong=st.integers(0, 5),
+    context=st.sampled_from([231, 240, 100_000]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=90, deadline=None)
 def test_every_request_gets_exactly_its_own_tokens(
-    arrivals: list[Arrival], num_pages: int, max_num_seqs: int, max_num_batched_tokens: int
+    arrivals: list[Arrival],
+    num_pages: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    num_draft_tokens: int,
+    wrong: int,
+    context: int,
 ) -> None:
     engine, model = fake_engine(
         num_pages=num_pages,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        num_draft_tokens=num_draft_tokens,
+        wrong=wrong,
+        context=context,
     )
     # Numbers are given in the order of arrival.
     ordered = sorted(arrivals, key=lambda arrival: arrival.step)
@@ -87,8 +99,11 @@ def test_every_request_gets_exactly_its_own_tokens(
         assert request.finish.reason == "length"
     for layout in model.batches:
         assert len(layout.query_lens) <= max_num_seqs
+        assert max(layout.context_lens) <= context, "no position beyond those the model knows"
         if layout.mode is ForwardMode.PREFILL:
             assert sum(layout.query_lens) <= max_num_batched_tokens
+        if layout.mode is ForwardMode.TARGET_VERIFY:
+            assert set(layout.query_lens) == {num_draft_tokens + 1}
     assert engine._allocator.num_free == num_pages
     assert engine._slots.num_free == max_num_seqs + 1
     assert all(set(layout.state_slots) <= set(range(max_num_seqs + 1)) for layout in model.batches)
@@ -186,3 +201,75 @@ def test_a_request_that_fills_the_cache_to_the_last_place_runs() -> None:
     run_all(engine, [other, whole])
     assert whole.generated_token_ids == expected_tokens([5] * prompt_len, 11)
     assert other.generated_token_ids == expected_tokens([6] * 10, 100)
+
+
+@pytest.mark.parametrize(("wrong", "steps"), [(0, 10), (1, 40)])
+def test_drafts_that_are_right_save_steps_and_wrong_ones_cost_none(wrong: int, steps: int) -> None:
+    engine, model = fake_engine(num_draft_tokens=3, wrong=wrong)
+    request = engine.request([1, 2, 3], SamplingParams(max_tokens=41))
+    run_all(engine, [request])
+    assert request.generated_token_ids == expected_tokens([1, 2, 3], 41)
+    verifying = [one for one in model.batches if one.mode is ForwardMode.TARGET_VERIFY]
+    assert len(verifying) == steps
+    assert request.drafting is not None
+    accepted = 0 if wrong else steps
+    assert request.drafting.accepted_by_place == (accepted,) * 3
+    assert (request.drafting.steps, request.drafting.drafted) == (steps, 3 * steps)
+
+
+def test_the_last_tokens_of_a_context_are_decoded_without_drafts() -> None:
+    engine, model = fake_engine(num_draft_tokens=4, wrong=1, context=40)
+    request = engine.request([5] * 30, SamplingParams(max_tokens=10))
+    run_all(engine, [request])
+    assert request.generated_token_ids == expected_tokens([5] * 30, 10)
+    modes = [layout.mode for layout in model.batches]
+    # Of 31 to 36 tokens four more fit.
+    verify, decode = [ForwardMode.TARGET_VERIFY] * 6, [ForwardMode.DECODE] * 3
+    assert modes == [ForwardMode.PREFILL, *verify, *decode]
+
+
+def test_drafted_and_other_requests_and_prompts_take_turns() -> None:
+    engine, model = fake_engine(num_draft_tokens=2, wrong=1, context=64, max_num_batched_tokens=8)
+    nearly_full = engine.request([1] * 55, SamplingParams(max_tokens=9))
+    short = engine.request([2] * 4, SamplingParams(max_tokens=12))
+    run_all(engine, [nearly_full, short])
+    assert nearly_full.generated_token_ids == expected_tokens([1] * 55, 9)
+    assert short.generated_token_ids == expected_tokens([2] * 4, 12)
+    modes = [layout.mode for layout in model.batches]
+    # From the 63rd token on one of them has no room for drafts: it is given a token in every
+    # second step, whatever the other does.
+    first = modes.index(ForwardMode.DECODE)
+    assert modes[first - 1 :][:3] == [
+        ForwardMode.TARGET_VERIFY,
+        ForwardMode.DECODE,
+        ForwardMode.TARGET_VERIFY,
+    ]
+
+
+@pytest.mark.parametrize("place", ["run", "logits", "draft"])
+def test_a_step_that_fails_changes_no_request(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, model = fake_engine(num_draft_tokens=2)
+    requests = [engine.request([n] * 20, SamplingParams(max_tokens=30)) for n in (1, 2)]
+    for request in requests:
+        engine.add(request)
+    for _ in range(4):
+        engine.step()
+    before = [list(request.token_ids) for request in requests]
+
+    def fail(*_: object) -> None:
+        raise ValueError("thrown on purpose")
+
+    assert engine.drafter is not None
+    owner = engine.drafter._draft if place == "draft" else model
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "run" if place == "draft" else place, fail)
+        with pytest.raises(ValueError, match="on purpose"):
+            engine.step()
+    assert [request.token_ids for request in requests] == before
+    engine.scheduler.check_integrity()
+    while engine.has_work:
+        engine.step()
+        engine.scheduler.check_integrity()
+    for number, request in enumerate(requests, 1):
+        assert request.generated_token_ids == expected_tokens([number] * 20, 30)
+        assert request.num_preemptions == 1
