@@ -67,7 +67,6 @@ def test_a_failure() -> None:
 @pytest.mark.parametrize(
     ("section", "arguments"),
     [
-        ("generate", ["generate", "x", "--prompt", "y", "--max-tokens", "2", "--logprobs", "1"]),
         ("backends", ["backends"]),
         ("explain", ["explain"]),
         ("doctor", ["doctor"]),
@@ -75,6 +74,13 @@ def test_a_failure() -> None:
 )
 def test_a_verb(builtin: Path, section: str, arguments: list[str]) -> None:
     assert_documented(section, mortise(*arguments, "--json").document)
+
+
+def test_generate() -> None:
+    # The built-in model itself: it has a layer that drafts.
+    prompts = ("generate", "import os", "--prompt", "def f(")
+    arguments = (*prompts, "--max-tokens", "4", "--logprobs", "1", "--draft", "2", "--json")
+    assert_documented("generate", mortise(*arguments).document)
 
 
 @pytest.mark.usefixtures("builtin")

@@ -30,6 +30,7 @@ $ mortise generate "def fibonacci(n):"
 $ mortise generate --temperature 0.8 --top-p 0.95 --seed 7 --max-tokens 32 "import "
 $ echo "class Stack:" | mortise generate --max-tokens 32 --stop "class " -
 $ mortise generate --max-tokens 8 --json --logprobs 2 "for i in"
+$ mortise generate --max-tokens 32 --draft 2 "class Stack:"
 """,
         "backends": "$ mortise backends\n$ mortise backends --json\n",
         "explain": "$ mortise explain\n$ mortise explain --dtype float32 --json\n",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mortise.cli.drafting import drafting_text
 from mortise.cli.output import messages
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def show_timings(llm: LLM, sampling: SamplingParams, completions: list[Completio
     ]
     if total > first and generated > len(completions):
         parts.append(f"{(generated - len(completions)) / (total - first):.1f} tokens/s")
+    if llm.config.draft.num_tokens:
+        parts.append(drafting_text(llm.config.draft.num_tokens, completions))
     dtype = str(loaded.dtype).removeprefix("torch.")
     backend = loaded.bound.ops.backend
     emulated = "emulated " if backend.emulated else ""

@@ -35,6 +35,7 @@ EXAMPLES = """\b
 Examples:
   mortise generate "def fibonacci(n):"
   mortise generate --temperature 0.8 --top-p 0.95 --seed 7 "import "
+  mortise generate --draft 2 "class Stack:"
   git diff | mortise generate --model models/my-model --chat -
 """
 
@@ -130,6 +131,8 @@ def _chat_prompt(llm: LLM, message: str | list[int]) -> Prompt:
 
 def _document(llm: LLM, completions: list[Completion]) -> dict[str, Any]:
     """The document of ``generate --json``."""
+    from mortise.cli.drafting import draft_fields
+
     loaded = llm.loaded
     return document(
         model=str(loaded.directory.path),
@@ -138,6 +141,7 @@ def _document(llm: LLM, completions: list[Completion]) -> dict[str, Any]:
         device=str(loaded.device),
         dtype=str(loaded.dtype).removeprefix("torch."),
         fallbacks=[decision.subject for decision in loaded.bound.fallbacks],
+        draft=draft_fields(llm),
         load_seconds=loaded.seconds,
         warmup_seconds=llm.warmup_seconds,
         completions=[_completion(completion) for completion in completions],
@@ -145,6 +149,8 @@ def _document(llm: LLM, completions: list[Completion]) -> dict[str, Any]:
 
 
 def _completion(completion: Completion) -> dict[str, Any]:
+    from mortise.cli.drafting import drafting_fields
+
     timings, logprobs = completion.timings, completion.logprobs
     return {
         "index": completion.index,
@@ -161,6 +167,7 @@ def _completion(completion: Completion) -> dict[str, Any]:
         else [
             {"token": entry.token, "top": [list(pair) for pair in entry.top]} for entry in logprobs
         ],
+        "drafting": drafting_fields(completion.drafting),
         "timings": {
             "first_token_seconds": timings.first_token,
             "total_seconds": timings.total,
