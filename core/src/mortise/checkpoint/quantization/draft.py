@@ -192,8 +192,8 @@ class UnquantisedDraft(DraftAsStored):
         further = [name for name in every if name != module and self._tensors.is_quantised(name)]
         listed = [module, *further[: LISTED_MODULES - 1]]
         return QuantizationConfigError(
-            f"{NONE_REASON}, and {counted(1 + len(further))} of {prefix.removesuffix('.')} are"
-            " stored quantised",
+            f"{NONE_REASON}, and {counted(1 + len(further), prefix.removesuffix('.'))} stored"
+            " quantised",
             details=[*map(self._tensors.described, listed), *rest(1 + len(further))],
             expected="a draft in bfloat16, float16 or float32, without scales",
             remedy="leave draft.quantization at auto, which takes every module as it is stored, or"
@@ -255,9 +255,9 @@ def unreadable(error: QuantizationConfigError) -> QuantizationConfigError:
     )
 
 
-def counted(number: int) -> str:
-    """``2 modules``."""
-    return f"{number} module" + ("" if number == 1 else "s")
+def counted(number: int, where: str) -> str:
+    """``2 modules of mtp are``."""
+    return f"1 module of {where} is" if number == 1 else f"{number} modules of {where} are"
 
 
 def rest(number: int) -> list[str]:
