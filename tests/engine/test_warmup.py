@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mortise import LLM
-from mortise.config import CacheConfig, SchedulerConfig
+from mortise.config import CacheConfig, DraftConfig, SchedulerConfig
 from mortise.engine.warmup import WarmupReport, run_jobs
 from mortise.errors import CapacityError, ContractError, WarmupError
 from mortise.layers.gated_delta_net import GatedDeltaNet
@@ -230,6 +230,25 @@ def test_it_is_told_of_quantised_projections(
     assert len(names) == len(set(names))
     assert {one.stored.scheme for one in request.linears} == {WeightScheme.W8A8}
     assert all(one.prepared is not None for one in (*request.experts, *request.linears))
+
+
+def test_it_is_told_of_the_draft_apart(answers: Answers) -> None:
+    main, draft = requests_of(
+        answers,
+        scheduler=SchedulerConfig(max_num_batched_tokens=20, max_num_seqs=8),
+        draft=DraftConfig(num_tokens=3),
+    )
+    assert [main.role, draft.role] == [ModelRole.MAIN, ModelRole.DRAFT]
+    assert [one.layer for one in draft.experts] == ["model.layers.4.mlp"] == list(draft.dispatch)
+    assert main.max_tokens == draft.max_tokens == 32, "what is verified of eight requests"
+    assert (draft.index_heads, draft.index_head_dim) == (main.index_heads, main.index_head_dim)
+
+
+def test_what_both_models_compile_is_compiled_for_each_binding(answers: Answers) -> None:
+    ran: list[ModelRole] = []
+    answers(lambda request: [job("a kernel", lambda: ran.append(request.role))] * 2)
+    LLM(draft=DraftConfig(num_tokens=1), warmup_threads=1)
+    assert ran == [ModelRole.MAIN, ModelRole.DRAFT]
 
 
 def test_different_shapes_of_fused_projections_are_told_once() -> None:

@@ -17,12 +17,13 @@ from mortise.errors import ContractError, MortiseError, WarmupError
 from mortise.layers.in_use import experts_in_use, linears_in_use, qkv_shapes_in_use
 from mortise.parallel.collectives import all_gather_integers
 from mortise.spec.reasons import ReasonCode
+from mortise.spec.roles import ModelRole
 from mortise.spec.warmup import WarmupJob, WarmupRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mortise.backends import Ops
+    from mortise.backends import BoundBackend, Ops
     from mortise.config import EngineConfig
     from mortise.engine.loading import LoadedModel
     from mortise.parallel.group import ExpertParallelGroup
@@ -57,24 +58,33 @@ class WarmupReport:
     seconds: float
 
 
-def warmup_request(loaded: LoadedModel, config: EngineConfig, *, ahead: bool) -> WarmupRequest:
-    """What the model is going to ask of its backend."""
-    model, facts, scheduler = loaded.model, loaded.facts, config.scheduler
+def warmup_request(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    *,
+    ahead: bool,
+    role: ModelRole = ModelRole.MAIN,
+) -> WarmupRequest:
+    """What the model of one role is going to ask of its backend."""
+    scheduler, rows = config.scheduler, 1 + config.draft.num_tokens
+    of_role = loaded if role is ModelRole.MAIN else loaded.draft
+    assert of_role is not None, "nothing drafts"
+    model, facts = of_role.model, of_role.facts
     assert isinstance(model, nn.Module)
     return WarmupRequest(
-        role=loaded.bound.ops.role,
+        role=role,
         experts=experts_in_use(model),
         linears=linears_in_use(model),
-        dispatch=loaded.dispatch,
+        dispatch=of_role.dispatch,
         modes=loaded.modes,
-        max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+        max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * rows),
         max_tokens_per_rank=config.dispatch.max_tokens_per_rank,
         num_experts_per_tok=facts.num_experts_per_tok,
         world_size=loaded.group.world_size,
         compute_dtype=loaded.dtype,
         index_heads=facts.index_num_heads,
         index_head_dim=facts.index_head_dim,
-        index_key_dtype=loaded.index_key_dtype,
+        index_key_dtype=of_role.index_key_dtype,
         qkv_shapes=qkv_shapes_in_use(model),
         ahead=ahead,
     )
@@ -83,13 +93,29 @@ def warmup_request(loaded: LoadedModel, config: EngineConfig, *, ahead: bool) ->
 def warmup_jobs(
     loaded: LoadedModel, config: EngineConfig, *, ahead: bool = False
 ) -> tuple[WarmupJob, ...]:
-    """What the backend has to compile, each thing once; nothing is compiled yet.
+    """What the backend has to compile for the models of a run; nothing is compiled yet.
+
+    Each thing is there once. A backend is bound once for each model, and what one of them has
+    compiled the other finds where compiled code is kept.
 
     Raises:
         ContractError: the backend answers with something else than jobs.
     """
-    bound = loaded.bound
-    request = warmup_request(loaded, config, ahead=ahead)
+    bounds = [loaded.bound] if loaded.draft is None else [loaded.bound, loaded.draft.bound]
+    unique: dict[object, WarmupJob] = {}
+    for bound in bounds:
+        request = warmup_request(loaded, config, ahead=ahead, role=bound.ops.role)
+        for job in jobs_of(bound, request):
+            unique.setdefault((bound.ops.role, job.key), job)
+    return tuple(unique.values())
+
+
+def jobs_of(bound: BoundBackend, request: WarmupRequest) -> Sequence[WarmupJob]:
+    """What one backend answers.
+
+    Raises:
+        ContractError: something else than jobs.
+    """
     try:
         answer: object = bound.backend.warmup(request)
     except Exception as error:
@@ -104,10 +130,7 @@ def warmup_jobs(
             expected="a list or tuple of mortise.plugin.WarmupJob",
             remedy=f"report it to the authors of {bound.ops.backend.distribution}",
         )
-    unique: dict[object, WarmupJob] = {}
-    for job in answer:
-        unique.setdefault(job.key, job)
-    return tuple(unique.values())
+    return answer
 
 
 def run_jobs(
@@ -121,7 +144,7 @@ def run_jobs(
     """Run all jobs, several at a time; processes of one group go on together.
 
     Args:
-        jobs: of different keys.
+        jobs: each different from the others.
         backend: whose they are, for errors.
         threads: jobs that run at a time; None is the number of processors.
         group: the processes that share the model; each brings its own jobs.
