@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.fixtures.nextn_models import PagedDraft, TransformersNextN
+from tests.fixtures.nextn_models import PagedDraft, TransformersNextN, rewrite
 from tests.fixtures.paged_models import Request, scattered_pages
+from tests.fixtures.quantised_models import write
 from tests.fixtures.tiny_models import YARN
 
+from mortise.checkpoint.quantization.write.recipe import Recipe
+from mortise.formats.weights import dequantise_weight
+from mortise.layers.linear import QuantizedLinear
+from mortise.spec.dispatch import DispatchMode
 from mortise.spec.roles import ForwardMode
 
 if TYPE_CHECKING:
@@ -189,3 +195,54 @@ def test_a_batch_equals_its_requests(name: str, draft: PagedDraft) -> None:
 def test_a_pass_without_requests(draft: PagedDraft, mode: ForwardMode) -> None:
     assert draft.forward(mode, [], []).shape == (0, 272)
     assert draft.cached.isnan().all(), "an idle pass wrote to the cache"
+
+
+def test_rows_travel_to_their_experts_as_the_pass_says(draft: PagedDraft) -> None:
+    seen: list[DispatchMode] = []
+    hook = draft.draft.nextn.layer.mlp.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[1])
+    )
+    hidden, mode = torch.ones(5, draft.main.model.config.hidden_size), ForwardMode.PREFILL
+    got = [
+        draft.forward(mode, [rows(tokens_of(6), 0, 5, [1])], [hidden], dispatch_mode)
+        for dispatch_mode in DispatchMode
+    ]
+    hook.remove()
+    assert seen == [*DispatchMode]
+    torch.testing.assert_close(got[0], got[1])
+
+
+@pytest.mark.parametrize("name", ["v32", "glm4"])
+@torch.no_grad()
+def test_a_quantised_layer_of_another_directory(name: str, tmp_path: Path) -> None:
+    """Every projection in float8 blocks, the one that joins as well, beside a float main model."""
+    model_type, overrides = CONFIGURATIONS[name]
+    theirs = TransformersNextN(model_type, **overrides, num_hidden_layers=2)
+    rounded = theirs.layer.eh_proj.weight.mul(16).to(torch.float8_e4m3fn)
+    theirs.layer.eh_proj.weight.copy_(rounded.float() / 16)
+    path, quantised = theirs.save(tmp_path / "float"), tmp_path / "fp8"
+    write(path, quantised, Recipe.of("fp8-block", draft_scheme="fp8-block"))
+    join = "model.layers.2.eh_proj.weight"
+    say_converted(quantised, join.removesuffix(".weight"))
+    rewrite(quantised, {join: rounded, f"{join}_scale_inv": torch.full((1, 1), 1 / 16)})
+    draft = PagedDraft(path, quantised)
+    layer = draft.draft.nextn
+    projections = [one for one in layer.modules() if isinstance(one, QuantizedLinear)]
+    assert layer.eh_proj in projections
+    assert layer.layer.self_attn.o_proj in projections
+    weight = layer.eh_proj.tensors.record()
+    assert dequantise_weight(weight).equal(theirs.layer.eh_proj.weight)
+    tokens = tokens_of(NUM_TOKENS)
+    request = Request(tokens[1:], NUM_TOKENS - 1, scattered_pages(NUM_TOKENS))
+    got = draft.forward(ForwardMode.PREFILL, [request], [theirs.hidden(tokens)[:-1]])
+    expected = theirs.logits(tokens)
+    # Rows and weights lose the last of four bits on their way, and nothing else.
+    assert 1e-4 < (got - expected).norm() / expected.norm() < 0.1
+
+
+def say_converted(path: Path, module: str) -> None:
+    """Take a module off the list of those that stayed as they were."""
+    file = path / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["quantization_config"]["modules_to_not_convert"].remove(module)
+    file.write_text(json.dumps(config), encoding="utf-8")

@@ -205,3 +205,18 @@ def test_a_layer_that_config_json_does_not_count_is_no_draft(directory: Path) ->
     del config["num_nextn_predict_layers"]
     with pytest.raises(ModelConfigError, match="num_nextn_predict_layers"):
         family_of(config).build_draft(config, reference_context())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_expert_that_no_rank_has_is_named(directory: Path, rank: int) -> None:
+    name = f"{LAYER}mlp.experts.8.up_proj.weight"
+    main = PagedModel(directory).model
+    rewrite(directory, {name: torch.zeros(32, 64)})
+    with pytest.raises(UnexpectedTensorError) as caught:
+        load_draft(directory, main, ExpertParallelGroup(rank=rank, world_size=2))
+    assert name in str(caught.value)
+
+
+def test_what_is_decided_has_the_names_of_the_checkpoint(directory: Path) -> None:
+    draft, _ = load_draft(directory, PagedModel(directory).model)
+    assert draft.finish_loading().keys() == {f"{LAYER}mlp"}

@@ -93,6 +93,7 @@ def layer_skips(config: RoutedDecoderConfig, group: ExpertParallelGroup) -> tupl
     )
     if group.world_size == 1:
         return (inv_freq,)
-    own = "|".join(map(str, group.share(config.n_routed_experts)))
-    others = rf"model\.layers\.\d+\.mlp\.experts\.(?!(?:{own})\.).*"
-    return (inv_freq, Skip(others, "experts of other ranks"))
+    own = group.share(config.n_routed_experts)
+    others = "|".join(str(one) for one in range(config.n_routed_experts) if one not in own)
+    experts = rf"model\.layers\.\d+\.mlp\.experts\.(?:{others})\..*"
+    return (inv_freq, Skip(experts, "experts of other ranks"))
