@@ -166,14 +166,42 @@ def test_what_must_be_common_tells_models_and_configurations_apart(
     }
 
 
+def test_a_draft_of_its_own_must_be_common_too(tiny_model: Path, tmp_path: Path) -> None:
+    same, other = (
+        save_tiny(tmp_path / name, routed_scaling_factor=factor)
+        for name, factor in (("same", 2.5), ("other", 1.0))
+    )
+    alone, *apart = (
+        facts(EngineConfig(model=str(tiny_model), draft={"num_tokens": 1, "model": str(model)}))
+        for model in (tiny_model, same, other)
+    )
+    assert not [key for key in alone if key.endswith("of the draft")]
+    assert {key for key in apart[0] if apart[0][key] != apart[1][key]} == {
+        "config.json of the draft"
+    }
+
+
 def facts(config: EngineConfig) -> dict[str, str]:
     """What a process would compare with the others."""
     directory = ModelDirectory.open(config.model)
     tensors = CheckpointTensors(directory.weight_files())
-    return common_facts(ResolvedConfig.of(config), directory, tensors)
+    draft = None if config.draft.model is None else ModelDirectory.open(config.draft.model)
+    return common_facts(ResolvedConfig.of(config), directory, tensors, draft)
 
 
 def test_low_latency_alone_must_hold_what_a_step_brings(tiny_model: Path) -> None:
     config = EngineConfig(model=str(tiny_model), dispatch={"mode": "low_latency"})
     with pytest.raises(ConfigError, match="capacity is 128 tokens a step"):
         LLM(config)
+
+
+def test_low_latency_alone_must_hold_what_is_verified_in_a_step(tiny_model: Path) -> None:
+    config = EngineConfig(
+        model=str(tiny_model),
+        dispatch={"mode": "low_latency", "max_tokens_per_rank": 64},
+        scheduler={"max_num_batched_tokens": 64, "max_num_seqs": 17},
+        draft={"num_tokens": 3},
+    )
+    with pytest.raises(ConfigError, match=r"draft\.num_tokens 3, 4 rows a request") as caught:
+        LLM(config)
+    assert "scheduler.max_num_seqs of at most 16" in str(caught.value)

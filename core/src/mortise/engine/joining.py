@@ -7,18 +7,19 @@ import json
 from typing import TYPE_CHECKING, Final
 
 from mortise.backends.discover import engine_version
+from mortise.checkpoint import CheckpointTensors
 from mortise.parallel.agreement import agree
 from mortise.parallel.group import ExpertParallelGroup, join
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mortise.checkpoint import CheckpointTensors, ModelDirectory
+    from mortise.checkpoint import ModelDirectory
     from mortise.config import ResolvedConfig
     from mortise.env import Launch
     from mortise.spec.capabilities import Capabilities
 
-OWN_AFFAIRS: Final = frozenset({"model", "threads", "warmup_threads", "device"})
+OWN_AFFAIRS: Final = frozenset({"model", "draft.model", "threads", "warmup_threads", "device"})
 """Keys of the configuration that may differ: each machine has its own paths and processors."""
 
 
@@ -28,6 +29,7 @@ def join_group(
     capabilities: Capabilities,
     directory: ModelDirectory,
     tensors: CheckpointTensors,
+    draft: ModelDirectory | None = None,
 ) -> ExpertParallelGroup:
     """Meet the other processes, and see that all are about to do the same.
 
@@ -43,7 +45,7 @@ def join_group(
         timeout_seconds=resolved.config.parallel.timeout_seconds,
     )
     try:
-        agree(group, common_facts(resolved, directory, tensors))
+        agree(group, common_facts(resolved, directory, tensors, draft))
     except BaseException as error:
         group.close(error)
         raise
@@ -51,19 +53,36 @@ def join_group(
 
 
 def common_facts(
-    resolved: ResolvedConfig, directory: ModelDirectory, tensors: CheckpointTensors
+    resolved: ResolvedConfig,
+    directory: ModelDirectory,
+    tensors: CheckpointTensors,
+    draft: ModelDirectory | None,
 ) -> dict[str, str]:
-    """What must be the same everywhere, each under the name that a message should give it."""
+    """What must be the same everywhere, each under the name that a message should give it.
+
+    Args:
+        resolved: the configuration.
+        directory: of the model.
+        tensors: of the model.
+        draft: the directory that a draft is read from, if one is.
+    """
     values = resolved.config.model_dump(mode="json")
-    keys = [key for key in resolved.origins if key.split(".")[0] not in OWN_AFFAIRS]
-    stored = [tensors.stored(name) for name in tensors.names()]
-    shapes = {tensor.name: [list(tensor.shape), str(tensor.dtype)] for tensor in stored}
-    return {
+    keys = [key for key in resolved.origins if key not in OWN_AFFAIRS]
+    facts = {
         "version of mortise": engine_version(),
         "config.json of the model": _digest(directory.config),
-        "tensors of the model": _digest(shapes),
+        "tensors of the model": _digest(_shapes(tensors)),
         **{key: json.dumps(_value(values, key)) for key in keys},
     }
+    if draft is not None and draft.path != directory.path:
+        facts["config.json of the draft"] = _digest(draft.config)
+        facts["tensors of the draft"] = _digest(_shapes(CheckpointTensors(draft.weight_files())))
+    return facts
+
+
+def _shapes(tensors: CheckpointTensors) -> dict[str, list[object]]:
+    stored = [tensors.stored(name) for name in tensors.names()]
+    return {tensor.name: [list(tensor.shape), str(tensor.dtype)] for tensor in stored}
 
 
 def _value(values: Mapping[str, object], key: str) -> object:

@@ -119,7 +119,14 @@ def load_model(
         draft = open_draft(resolved.config.draft, opened.directory, opened.family, opened.facts)
     bound = bind_backend(resolved, launch)
     draft_bound = None if draft is None else bind_backend(resolved, launch, ModelRole.DRAFT)
-    group = join_group(launch, resolved, bound.ops.capabilities, opened.directory, opened.tensors)
+    group = join_group(
+        launch,
+        resolved,
+        bound.ops.capabilities,
+        opened.directory,
+        opened.tensors,
+        None if draft is None else draft.directory,
+    )
     try:
         loaded = _load_main(opened, resolved, bound, group, progress)
         if draft is not None and draft_bound is not None:
