@@ -14,7 +14,7 @@ from mortise.layers.norm import RMSNorm
 from mortise.layers.paged_grouped_attention import PagedGroupedAttention
 from mortise.layers.rotary import RotaryEmbedding
 from mortise.models.decoder import Decoder, DecoderLayer, feed_forward, language_head, logits_of
-from mortise.models.glm4_moe.cache import KeyValueCached
+from mortise.models.key_value_cached import KeyValueCached
 from mortise.models.nextn import NextNDraft
 from mortise.spec.dispatch import DispatchMode
 

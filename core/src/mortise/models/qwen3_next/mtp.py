@@ -8,18 +8,17 @@ import torch
 from torch import nn
 
 from mortise.errors import ModelConfigError
-from mortise.kv.key_values import KeyValuePool
 from mortise.layers.finish import finish_loading
 from mortise.layers.linear import linear
 from mortise.layers.norm import ZeroCentredRMSNorm
 from mortise.layers.paged_grouped_attention import PagedGroupedAttention
+from mortise.models.key_value_cached import KeyValueCached
 from mortise.models.qwen3_next.layer import draft_layer
 from mortise.models.qwen3_next.model import rotary_embedding
 
 if TYPE_CHECKING:
     from mortise.layers.context import LayerContext
-    from mortise.layers.paged_attention import BatchLayout
-    from mortise.models.family import CachePool, PagedPass
+    from mortise.models.family import PagedPass
     from mortise.models.qwen3_next.config import Qwen3NextConfig
     from mortise.spec.dispatch import DispatchDecision
 
@@ -29,11 +28,11 @@ DRAFT_PROJECTION = "mtp.fc"
 """What joins embedding and hidden state."""
 
 
-class Qwen3NextDraft(nn.Module):
+class Qwen3NextDraft(KeyValueCached, nn.Module):
     """One layer of attention and experts that reads what the model knows of a token and the next.
 
     The layer attends even where nearly all of the model's are gated delta nets, so that it keeps no
-    states (vLLM 0.19 ``qwen3_next_mtp.py`` and ``qwen3_5_mtp.py``; SGLang's of the same names).
+    states (``qwen3_next_mtp.py`` and ``qwen3_5_mtp.py`` of vLLM, and of SGLang).
     Parameters are created empty on the current torch device and dtype; fill them with the
     placements of ``weights.py``, then call :meth:`finish_loading`.
 
@@ -50,6 +49,7 @@ class Qwen3NextDraft(nn.Module):
         super().__init__()
         _require_layer(config)
         self.config = config
+        self.num_cached_layers = 1
         self.context = context
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
         self.pre_fc_norm_embedding = ZeroCentredRMSNorm(hidden_size, eps)
@@ -64,29 +64,6 @@ class Qwen3NextDraft(nn.Module):
         norm = self.norm.weight
         self.rotary.to(norm.device)
         return finish_loading(self, norm.dtype)
-
-    def new_pool(
-        self,
-        num_pages: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        num_slots: int = 0,  # noqa: ARG002
-    ) -> KeyValuePool:
-        """An empty cache for the one layer, which keeps no states."""
-        return KeyValuePool(
-            num_layers=1,
-            num_pages=num_pages,
-            num_heads=self.config.num_key_value_heads,
-            key_dim=self.config.head_dim,
-            value_dim=self.config.head_dim,
-            dtype=dtype,
-            device=device,
-        )
-
-    def new_pass(self, pool: CachePool, layout: BatchLayout) -> PagedGroupedAttention:
-        """Plan one forward pass over the cache."""
-        assert isinstance(pool, KeyValuePool)
-        return PagedGroupedAttention(pool, layout)
 
     def run(
         self, embeddings_TH: torch.Tensor, hidden_TH: torch.Tensor, paged_pass: PagedPass

@@ -1,8 +1,8 @@
-"""The cache of grouped-query attention, for the main model's layers and for the draft's."""
+"""The cache of grouped-query attention, for the layers of a model or the one of a draft."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mortise.kv.key_values import KeyValuePool
 from mortise.layers.paged_grouped_attention import PagedGroupedAttention
@@ -12,18 +12,31 @@ if TYPE_CHECKING:
 
     from mortise.layers.paged_attention import BatchLayout
     from mortise.models.family import CachePool
-    from mortise.models.glm4_moe.config import Glm4MoeConfig
+
+
+class CachedHeads(Protocol):
+    """What a configuration says of the rows that are cached."""
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys, and of values."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of each."""
+        ...
 
 
 class KeyValueCached:
-    """A model whose layers cache keys and values.
+    """A model all of whose layers cache keys and values.
 
     Attributes:
         config: the model's configuration.
         num_cached_layers: layers that have a place in the cache.
     """
 
-    config: Glm4MoeConfig
+    config: CachedHeads
     num_cached_layers: int
 
     def new_pool(
