@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mortise import LLM
+from mortise import LLM, EngineConfig
 from mortise.checkpoint.quantization.write.input_range import InputRange
+from mortise.config import DraftConfig
 from mortise.engine.calibration import calibrate, first_sequences, own_sequences
 from mortise.engine.input_ranges import InputRanges
+from tests.fixtures.nextn_models import TransformersNextN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,13 +45,10 @@ def rows_of_experts(
         yield f"{expert}.down_proj", F.silu(gate) * up
 
 
-@torch.no_grad()
-def seen_by_transformers(model: Path) -> dict[str, InputRange]:
-    import transformers
-
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+def watched(root: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
+    """What every projection of transformers' module is given from now on, by name."""
     seen: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for name, module in theirs.named_modules():
+    for name, module in root.named_modules():
         if name.endswith(".experts"):
 
             def watch(module: Any, arguments: Any, name: str = name) -> None:
@@ -63,15 +62,29 @@ def seen_by_transformers(model: Path) -> dict[str, InputRange]:
                 seen[name].append(arguments[0])
 
             module.register_forward_pre_hook(note)
-    for sequence in SEQUENCES:
-        theirs(torch.tensor([sequence]))
+    return seen
+
+
+def ranges(seen: dict[str, list[torch.Tensor]]) -> dict[str, InputRange]:
     return {
         name: InputRange(
             float(min(rows.min() for rows in found if rows.numel())),
             float(max(rows.max() for rows in found if rows.numel())),
         )
         for name, found in seen.items()
+        if any(rows.numel() for rows in found)
     }
+
+
+@torch.no_grad()
+def seen_by_transformers(model: Path) -> dict[str, InputRange]:
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    seen = watched(theirs)
+    for sequence in SEQUENCES:
+        theirs(torch.tensor([sequence]))
+    return ranges(seen)
 
 
 def test_ranges_are_those_of_transformers(llm: LLM, tiny_model: Path) -> None:
@@ -89,6 +102,41 @@ def test_ranges_are_those_of_transformers(llm: LLM, tiny_model: Path) -> None:
         own, theirs = found.input_ranges[name], expected[name]
         assert own.low == pytest.approx(theirs.low, rel=1e-3, abs=1e-4), name
         assert own.high == pytest.approx(theirs.high, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm4_moe"])
+@torch.no_grad()
+def test_ranges_of_a_draft_are_those_of_transformers(tmp_path: Path, model_type: str) -> None:
+    theirs = TransformersNextN(model_type)
+    path = theirs.save(tmp_path / "model")
+    found = calibrate(LLM(EngineConfig(model=path, draft=DraftConfig(num_tokens=1))), SEQUENCES)
+    seen = watched(theirs.layer)
+    for sequence in SEQUENCES:
+        # A prompt is read with the token that follows it.
+        next_token = int(theirs.model(torch.tensor([sequence])).logits[0, -1].argmax())
+        theirs.states(torch.tensor([*sequence, next_token]))
+    expected = {
+        f"model.layers.3.{name.removeprefix('mtp_block.')}": one
+        for name, one in ranges(seen).items()
+        if not name.endswith((".weights_proj", ".mlp.gate"))
+    }
+    assert len(expected) >= 1 + 4 + 3 + 3 * 6
+    for name, one in expected.items():
+        own = found.input_ranges[name]
+        assert own.low == pytest.approx(one.low, rel=1e-3, abs=1e-4), name
+        assert own.high == pytest.approx(one.high, rel=1e-3, abs=1e-4), name
+    # Those of the main model are what they are without a draft.
+    alone = calibrate(LLM(model=str(path)), SEQUENCES).input_ranges
+    assert {name: found.input_ranges[name] for name in alone} == alone
+
+
+def test_a_prompt_that_fills_the_context_is_read_with_its_draft(tmp_path: Path) -> None:
+    path = TransformersNextN("deepseek_v32", max_position_embeddings=32).save(tmp_path / "model")
+    llm = LLM(EngineConfig(model=path, draft=DraftConfig(num_tokens=1)))
+    found = calibrate(llm, [list(range(32))])
+    assert found.tokens == 32
+    assert "model.layers.3.eh_proj" in found.input_ranges
+    assert [len(one) for one in own_sequences(llm)] == [32] * 16
 
 
 def test_the_model_computes_as_before(llm: LLM) -> None:

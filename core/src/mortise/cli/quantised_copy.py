@@ -80,7 +80,7 @@ def _calibration(recipe: Recipe, model: str, file: str | None) -> Calibration | 
             )
         return None
     from mortise.cli.session import progress_bar
-    from mortise.config import EngineConfig, ResolvedConfig
+    from mortise.config import DraftConfig, EngineConfig, ResolvedConfig
     from mortise.engine.calibration import calibrate, first_sequences, own_sequences
     from mortise.engine.llm import LLM
     from mortise.evaluation.texts import read_documents
@@ -88,7 +88,9 @@ def _calibration(recipe: Recipe, model: str, file: str | None) -> Calibration | 
     documents = None if file is None else read_documents(Path(file))
     # Not for the rest of the command: the model goes before its copy is written.
     with progress_bar("loading", is_bytes=True) as advance:
-        llm = LLM(ResolvedConfig.of(EngineConfig(model=model)), progress=advance)
+        draft = DraftConfig(num_tokens=1 if recipe.needs_draft_input_ranges else 0)
+        config = EngineConfig(model=model, draft=draft)
+        llm = LLM(ResolvedConfig.of(config), progress=advance)
     if documents is None:
         with progress_bar("writing a text to calibrate with") as advance:
             sequences = own_sequences(llm, advance)

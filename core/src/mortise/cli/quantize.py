@@ -80,9 +80,9 @@ def quantize(
 
     Quantised are the projections of attention, dense blocks and experts in the decoder layers.
     Embeddings, head, norms and routers stay as they are. So do multi-token prediction layers,
-    unless --draft-scheme quantises their block too; its inputs are not seen in the calibration, so
-    that nvfp4 quantises its weights only. fp8 stores fp8-block; compressed-tensors stores w8a8,
-    w4a8, w4a16 and nvfp4; modelopt stores nvfp4; modelslim stores w8a8, w8a8-static, w4a8 and w4a4.
+    unless --draft-scheme quantises their block too. fp8 stores fp8-block; compressed-tensors stores
+    w8a8, w4a8, w4a16 and nvfp4; modelopt stores nvfp4; modelslim stores w8a8, w8a8-static, w4a8 and
+    w4a4.
 
     OUTPUT appears when everything is written. The table says what was lost: the root mean square
     of the differences between the weights, relative to that of the weights.

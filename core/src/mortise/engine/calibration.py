@@ -45,20 +45,39 @@ def calibrate(
 ) -> Calibration:
     """Run sequences through a model and note the range of every projection's input.
 
+    A draft reads each sequence beside the hidden states of the main model, as it reads prompts.
+
     Args:
-        llm: unquantised, computed by the reference in one process.
+        llm: unquantised, computed by the reference in one process; with its draft, if the ranges of
+            that are wanted too.
         sequences: token ids, each sequence at most as long as the model's context.
         progress: told after each of them.
     """
     with observed_inputs(llm.loaded) as seen:
         for done, token_ids in enumerate(sequences, start=1):
-            llm.logits(token_ids)
+            if llm.loaded.draft is None:
+                llm.logits(token_ids)
+            else:
+                read_as_prompt(llm, token_ids)
             progress(done, len(sequences))
     return Calibration(
         sequences=len(sequences),
         tokens=sum(map(len, sequences)),
         input_ranges=seen.ranges,
     )
+
+
+def read_as_prompt(llm: LLM, token_ids: Sequence[int]) -> None:
+    """Let a model read a prompt, and its draft too, for the sake of what they compute.
+
+    Args:
+        llm: with a draft.
+        token_ids: the prompt; one that fills the whole context is read without its last token.
+    """
+    longest = llm.loaded.facts.max_position_embeddings - 1
+    one_token = SamplingParams(max_tokens=1, temperature=0.0)
+    for _ in llm.stream([list(token_ids[:longest])], [one_token]):
+        pass
 
 
 def own_sequences(llm: LLM, progress: Progress = lambda _done, _all: None) -> list[list[int]]:

@@ -86,17 +86,16 @@ def observed_inputs(loaded: LoadedModel) -> Iterator[InputRanges]:
     An expert that no token reached is given the range of all experts of its layer.
 
     Args:
-        loaded: a model in one process, computed by the reference.
+        loaded: a model in one process, computed by the reference, with its draft if it has one.
     """
-    model = loaded.model
-    assert isinstance(model, nn.Module)
-    names = WeightNames(family_of(loaded.directory.config).placements(model))
+    names = WeightNames(_placements(loaded))
     seen = InputRanges()
-    experts = [module for module in model.modules() if isinstance(module, MoELayer)]
+    modules = _modules(loaded)
+    experts = [module for module in modules if isinstance(module, MoELayer)]
     before = [layer.context for layer in experts]
     handles = [
         module.register_forward_pre_hook(_linear_observer(seen, names.within(module.weight)))
-        for module in model.modules()
+        for module in modules
         if isinstance(module, nn.Linear)
     ]
     try:
@@ -112,6 +111,18 @@ def observed_inputs(loaded: LoadedModel) -> Iterator[InputRanges]:
             layer.context = context
     for layer in experts:
         _share_within(seen, names, layer)
+
+
+def _placements(loaded: LoadedModel) -> Iterator[Placement]:
+    yield from family_of(loaded.directory.config).placements(loaded.model)
+    if loaded.draft is not None:
+        family = family_of(loaded.draft.directory.config)
+        yield from family.draft_placements(loaded.draft.model, loaded.model)
+
+
+def _modules(loaded: LoadedModel) -> list[nn.Module]:
+    roots = [loaded.model, *(() if loaded.draft is None else (loaded.draft.model,))]
+    return [module for root in roots if isinstance(root, nn.Module) for module in root.modules()]
 
 
 def _linear_observer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -63,7 +63,7 @@ class CompressedTensorsWriter:
     def files(self, written: WrittenModel) -> Mapping[str, Mapping[str, Any]]:
         """See :class:`~mortise.checkpoint.quantization.write.dialect.DialectWriter`."""
         groups = grouped(written.projections)
-        formats = sorted({FORMATS[form.scheme] for form in groups})
+        formats = sorted({FORMATS[scheme] for scheme, _ in groups})
         section = {
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
@@ -71,10 +71,10 @@ class CompressedTensorsWriter:
             "config_groups": {
                 f"group_{number}": {
                     "targets": targets(modules, written.projections, alone=len(groups) == 1),
-                    "weights": weights(form),
-                    "input_activations": input_activations(form),
+                    "weights": weights(*form),
+                    "input_activations": input_activations(form[0]),
                     "output_activations": None,
-                    "format": FORMATS[form.scheme],
+                    "format": FORMATS[form[0]],
                 }
                 for number, (form, modules) in enumerate(groups.items())
             },
@@ -87,34 +87,25 @@ class CompressedTensorsWriter:
 def nvfp4_tensors(stored: StoredWeight) -> dict[str, torch.Tensor]:
     """Packed values, scales of blocks, and the divisors common to all of them."""
     assert stored.scale is not None
-    assert stored.global_scale is not None
-    # One over a factor is its divisor, as one over a divisor is its factor.
-    divisors = {"weight_global_scale": multiplier_from_divisor(stored.global_scale)}
-    if stored.input_scale is not None:
-        divisors["input_global_scale"] = multiplier_from_divisor(stored.input_scale)
-    return {"weight_packed": stored.weight, "weight_scale": stored.scale, **divisors}
+    assert stored.global_scale is not None and stored.input_scale is not None
+    return {
+        "weight_packed": stored.weight,
+        "weight_scale": stored.scale,
+        # One over a factor is its divisor, as one over a divisor is its factor.
+        "weight_global_scale": multiplier_from_divisor(stored.global_scale),
+        "input_global_scale": multiplier_from_divisor(stored.input_scale),
+    }
 
 
-class GroupForm(NamedTuple):
-    """What the modules of a group have in common.
-
-    ``static_input`` is that of NVFP4: a global scale of the input is stored, or the input is not
-    quantised.
-    """
-
-    scheme: WeightScheme
-    group_size: int | None
-    static_input: bool
-
-
-def grouped(projections: Sequence[Projection]) -> dict[GroupForm, list[str]]:
-    """The quantised modules by what makes a group of them."""
-    groups: dict[GroupForm, list[str]] = defaultdict(list)
+def grouped(
+    projections: Sequence[Projection],
+) -> dict[tuple[WeightScheme, int | None], list[str]]:
+    """The quantised modules by scheme and group size."""
+    groups: dict[tuple[WeightScheme, int | None], list[str]] = defaultdict(list)
     for projection in projections:
         if projection.is_quantised:
             scheme: ModuleScheme = projection.scheme
-            form = GroupForm(scheme.scheme, scheme.group_size, scheme.static_input)
-            groups[form].append(projection.module)
+            groups[scheme.scheme, scheme.group_size].append(projection.module)
     return dict(groups)
 
 
@@ -139,27 +130,25 @@ def ignored(projections: Sequence[Projection]) -> list[str]:
     ]
 
 
-def weights(form: GroupForm) -> dict[str, Any]:
+def weights(scheme: WeightScheme, group_size: int | None) -> dict[str, Any]:
     """Number format of the weights."""
-    if form.scheme is WeightScheme.NVFP4:
+    if scheme is WeightScheme.NVFP4:
         return {**float4(), "dynamic": False}
     return {
-        "num_bits": 8 if form.scheme is WeightScheme.W8A8 else 4,
+        "num_bits": 8 if scheme is WeightScheme.W8A8 else 4,
         "type": "int",
         "symmetric": True,
-        "strategy": "channel" if form.group_size is None else "group",
-        "group_size": form.group_size,
+        "strategy": "channel" if group_size is None else "group",
+        "group_size": group_size,
         "dynamic": False,
     }
 
 
-def input_activations(form: GroupForm) -> dict[str, Any] | None:
-    """Number format of the input, if it is quantised."""
-    if form.scheme is WeightScheme.W4A16:
+def input_activations(scheme: WeightScheme) -> dict[str, Any] | None:
+    """Number format of the input."""
+    if scheme is WeightScheme.W4A16:
         return None
-    if form.scheme is WeightScheme.NVFP4 and not form.static_input:
-        return None
-    if form.scheme is WeightScheme.NVFP4:
+    if scheme is WeightScheme.NVFP4:
         return {**float4(), "dynamic": "local", "observer": "static_minmax"}
     return {
         "num_bits": 8,

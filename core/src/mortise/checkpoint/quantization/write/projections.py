@@ -167,27 +167,18 @@ def kept_scheme(module: str, num_layers: object, *, drafts: bool) -> ModuleSchem
 
 
 def require_draft(recipe: Recipe, eligible: Sequence[Projection]) -> None:
-    """Require a draft where one is to be quantised, and no fixed scales of inputs nobody has seen.
+    """Require a draft where one is to be quantised.
 
     Raises:
-        QuantizationConfigError: there is none, or a scheme asks for such scales.
+        QuantizationConfigError: there is none.
     """
-    drafts = [one for one in eligible if one.is_draft]
-    if recipe.quantises_drafts and not drafts:
+    if recipe.quantises_drafts and not any(one.is_draft for one in eligible):
         raise QuantizationConfigError(
             f"--draft-scheme is {recipe.draft_scheme!r}, and the model has no multi-token"
             " prediction layer",
             expected="projections under mtp. or in layers past num_hidden_layers of config.json",
             remedy="leave --draft-scheme out, or give a model with such a layer",
         )
-    for draft in drafts:
-        if draft.scheme.static_input:
-            raise QuantizationConfigError(
-                f"{described(draft)}, which quantises inputs by scales fixed beforehand",
-                details=["a calibration runs the model, not its multi-token prediction layer"],
-                expected="a scheme with dynamic scales for the projections of the draft",
-                remedy="choose w8a8 for them, by --draft-scheme or by --scheme-for before others",
-            )
 
 
 def require_matches(recipe: Recipe, modules: Sequence[str]) -> None:

@@ -142,7 +142,13 @@ class Recipe:
     @property
     def needs_input_ranges(self) -> bool:
         """Whether the range of some inputs has to be known."""
-        return any(SCHEMES[name].static_input for name in self._schemes())
+        return any(SCHEMES[name].static_input for name in (*self._schemes(), *self._of_drafts()))
+
+    @property
+    def needs_draft_input_ranges(self) -> bool:
+        """Whether those of multi-token prediction layers may be among them."""
+        asked = (*self._of_drafts(), *(rule.scheme for rule in self.rules))
+        return self.quantises_drafts and any(SCHEMES[name].static_input for name in asked)
 
     @property
     def quantises_drafts(self) -> bool:
@@ -152,11 +158,7 @@ class Recipe:
     def module_scheme(
         self, module: str, out_features: int, in_features: int, *, of_draft: bool = False
     ) -> ModuleScheme:
-        """How to store a projection ``[N, K]``; ``reason`` says which option wants it so.
-
-        The inputs of a draft are not seen in a calibration, so that its ``nvfp4`` has no scale for
-        them: such a projection is quantised in its weight alone.
-        """
+        """How to store a projection ``[N, K]``; ``reason`` says which option wants it so."""
         for pattern in self.ignore:
             if fnmatch.fnmatchcase(module, pattern):
                 return ModuleScheme(reason=f"--ignore {pattern}")
@@ -177,7 +179,6 @@ class Recipe:
         scheme = SCHEMES[name]
         return replace(
             scheme,
-            static_input=scheme.static_input and not (of_draft and name == "nvfp4"),
             group_size=group_size,
             scale_format=(
                 self.scale_format
@@ -209,10 +210,13 @@ class Recipe:
         yield self.scheme
         yield from (rule.scheme for rule in self.rules)
 
+    def _of_drafts(self) -> tuple[str, ...]:
+        return (self.draft_scheme,) if self.quantises_drafts else ()
+
     def _check_pairs(self) -> None:
         stored = DIALECTS[self.dialect]
-        for name in (*self._schemes(), self.draft_scheme):
-            if name not in (*stored, FLOAT, NONE):
+        for name in (*self._schemes(), *self._of_drafts()):
+            if name not in stored and name != FLOAT:
                 elsewhere = [dialect for dialect, names in DIALECTS.items() if name in names]
                 raise QuantizationConfigError(
                     f"dialect {self.dialect} cannot store scheme {name}",
@@ -230,7 +234,7 @@ class Recipe:
                 expected=f"a multiple of {VALUES_PER_WORD} columns",
                 remedy="correct --group-size",
             )
-        asked = (*self._schemes(), self.draft_scheme)
+        asked = (*self._schemes(), *self._of_drafts())
         if not any((self.dialect, name) in DEFAULT_GROUPS for name in asked):
             grouped = [f"{name} of {dialect}" for dialect, name in DEFAULT_GROUPS]
             raise QuantizationConfigError(
@@ -250,9 +254,7 @@ class Recipe:
 
 
 def scheme_name(scheme: ModuleScheme) -> str:
-    """The name by which a scheme is asked for, and what it lacks of it."""
-    if scheme.scheme is WeightScheme.NVFP4 and not scheme.static_input:
-        return "nvfp4, weights only"
+    """The name by which a scheme is asked for."""
     return next(
         name
         for name, asked in SCHEMES.items()
