@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 from safetensors.torch import load_file
 
-from mortise import LLM
+from mortise import LLM, EngineConfig, SamplingParams
 from mortise.checkpoint.quantization.write import recipe
 from mortise.cli import quantize
+from mortise.config import DraftConfig
 from tests.cli.command_line import failure, mortise
 from tests.cli.test_documents import assert_documented
+from tests.fixtures.drafted_models import save_drafted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,6 +109,36 @@ def test_schemes_for_parts(tiny_model: Path, tmp_path: Path) -> None:
     assert "w4a16 in groups of 128" not in table.stdout
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "qwen3_next"])
+def test_drafts_are_quantised_and_run(tmp_path: Path, model_type: str) -> None:
+    model = save_drafted(tmp_path / "model", model_type=model_type)
+    document = mortise(
+        "quantize",
+        tmp_path / "q",
+        "--model",
+        model,
+        "--scheme",
+        "w8a8",
+        "--draft-scheme",
+        "nvfp4",
+        "--json",
+    ).document
+    assert document["calibration"] is not None
+    schemes = {one["kind"]: one["scheme"] for one in document["quantised"]}
+    assert schemes["draft's mlp.experts.*.down_proj"] == "nvfp4"
+    assert schemes["mlp.experts.*.down_proj"] == "w8a8"
+    llm = LLM(EngineConfig(model=tmp_path / "q", draft=DraftConfig(num_tokens=2)))
+    said = {(one.role.value, one.value) for one in llm.decisions if "projections" in one.value}
+    assert {value.split()[-1] for role, value in said if role == "draft"} == {"nvfp4"}
+    assert {value.split()[-1] for role, value in said if role == "main"} == {"w8a8"}
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    (drafted,) = llm.generate([[1, 2, 3]], sampling)
+    (plain,) = LLM(model=str(tmp_path / "q")).generate([[1, 2, 3]], sampling)
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.drafting is not None
+    assert drafted.drafting.drafted > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -123,6 +155,15 @@ def test_schemes_for_parts(tiny_model: Path, tmp_path: Path) -> None:
         (["--scheme", "w8a8", "--calibration", "x.txt"], ["no scheme asked for has a static"]),
         (["--scheme", "nvfp4", "--calibration", "x.txt"], ["'x.txt' cannot be read"]),
         (["--scheme", "w8a8", "--model", "nowhere"], ["'nowhere' does not exist"]),
+        (
+            ["--scheme", "w8a8", "--draft-scheme", "w8a8"],
+            ["--draft-scheme is 'w8a8'", "no multi-token prediction layer"],
+        ),
+        (
+            ["--scheme", "w8a8", "--draft-scheme", "w4a4"],
+            ["dialect compressed-tensors cannot store scheme w4a4", "modelslim"],
+        ),
+        (["--scheme", "w8a8", "--draft-scheme", "w3"], ["'w3' is not one of"]),
         (["--scheme", "w8a9"], ["'w8a9' is not one of"]),
         ([], ["missing option '--scheme'"]),
     ],
