@@ -41,8 +41,7 @@ class RowByRow(nn.Module):
         self.projection = projection
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = [self.projection(row) for row in hidden.split(1)]
-        return torch.cat(rows) if rows else self.projection(hidden)
+        return torch.cat([self.projection(row) for row in hidden.split(1)])
 
 
 def row_by_row(layer: GatedDeltaNet) -> GatedDeltaNet:
