@@ -90,7 +90,7 @@ def test_an_exception_says_whose_it_is(guard, arity: int) -> None:
 
 def test_every_bound_hook_is_guarded(installed: FakeDistribution) -> None:
     """A backend whose every hook returns None fails at every entry of the table."""
-    from mortise.backends.implementations import PARAMETERS
+    from mortise.backends.adapters import PARAMETERS
 
     methods = "".join(
         f"@hookimpl\ndef {name}(self, {', '.join(parameters)}): pass\n"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
+from mortise.backends.adapters import adapters_of
 from mortise.backends.causes import cause_and_consequences
-from mortise.backends.implementations import check_implementations
+from mortise.backends.implementations import adapted_attribute, check_implementations
 from mortise.backends.ops import BackendIdentity, Ops
 from mortise.backends.shims import (
     BoundHook,
@@ -46,7 +47,15 @@ class BoundParts:
 
 
 class _OneBackendManager(pluggy.PluginManager):
-    """A manager that looks at attributes which can be hooks, not at the dozens Python adds."""
+    """A manager that looks at attributes which can be hooks, not at the dozens Python adds.
+
+    Args:
+        skipped: attributes that implement hooks in a version which is not the current one.
+    """
+
+    def __init__(self, skipped: frozenset[str]) -> None:
+        super().__init__(hooks.PROJECT)
+        self._skipped = skipped
 
     def parse_hookspec_opts(self, module_or_class: object, name: str) -> pluggy.HookspecOpts | None:
         if name not in hooks.HOOKS:
@@ -54,7 +63,7 @@ class _OneBackendManager(pluggy.PluginManager):
         return super().parse_hookspec_opts(module_or_class, name)  # type: ignore[arg-type]
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
-        if name.startswith("__"):
+        if name.startswith("__") or name in self._skipped:
             return None
         return super().parse_hookimpl_opts(plugin, name)
 
@@ -157,7 +166,9 @@ def _checked_capabilities(backend: Backend, row: Candidate) -> Capabilities:
 def _registered(backend: Backend, row: Candidate) -> dict[str, Callable[..., Any]]:
     """What pluggy made of the object; it must be what the manifest says, no less and no more."""
     assert row.manifest is not None
-    manager = _OneBackendManager(hooks.PROJECT)
+    adapters = adapters_of(row.manifest.implements)
+    attributes = {hook: adapted_attribute(type(backend), hook) for hook in adapters}
+    manager = _OneBackendManager(frozenset(attributes.values()))
     manager.add_hookspecs(hooks)
     try:
         manager.register(backend, name=row.name)
@@ -167,6 +178,10 @@ def _registered(backend: Backend, row: Candidate) -> dict[str, Callable[..., Any
     found = {
         caller.name: caller.get_hookimpls()[0].function
         for caller in manager.get_hookcallers(backend) or ()
+    }
+    found |= {
+        hook: adapter.adapt(getattr(backend, attributes[hook]))
+        for hook, adapter in adapters.items()
     }
     if hidden := sorted(row.manifest.implements.keys() - found.keys()):
         raise _broken(

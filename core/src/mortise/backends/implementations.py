@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from types import FunctionType, MappingProxyType
+from types import FunctionType
 from typing import TYPE_CHECKING, Final
 
+from mortise.backends.adapters import parameters_of
 from mortise.backends.validate import similar_hook
 from mortise.errors import ContractError
 from mortise.spec import hooks
@@ -16,11 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Set
 
     from mortise.backends.candidate import Candidate
-
-PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {name: tuple(inspect.signature(getattr(hooks, name)).parameters) for name in hooks.HOOKS}
-)
-"""Names of each hook's parameters, in order."""
 
 MARK: Final = f"{hooks.PROJECT}_impl"
 # Wrapping and ordering among several answers have no meaning where one backend answers; an optional
@@ -51,7 +47,7 @@ def check_implementations(owner: type, row: Candidate) -> None:
         _check_name(implementation, complaint)
         _check_callable(implementation, complaint)
         _check_options(implementation, complaint)
-        _check_signature(implementation, complaint)
+        _check_signature(implementation, complaint, declared_version(implementation.hook, row))
         if implementation.hook in found:
             raise complaint(
                 f"hook {implementation.hook} is implemented twice, by "
@@ -61,6 +57,17 @@ def check_implementations(owner: type, row: Candidate) -> None:
             )
         found[implementation.hook] = implementation
     _check_declared(owner, row, row.manifest.implements.keys(), found.keys())
+
+
+def declared_version(hook: str, row: Candidate) -> int:
+    """The version of a hook that a manifest declares; the current one where it is silent."""
+    assert row.manifest is not None
+    return row.manifest.implements.get(hook, hooks.HOOKS[hook].version)
+
+
+def adapted_attribute(owner: type, hook: str) -> str:
+    """The name of the method that implements a hook."""
+    return next(one.attribute for one in _implementations(owner) if one.hook == hook)
 
 
 def _implementations(owner: type) -> Iterator[Implementation]:
@@ -172,13 +179,13 @@ def _check_options(implementation: Implementation, complaint: _Complaint) -> Non
         )
 
 
-def _check_signature(implementation: Implementation, complaint: _Complaint) -> None:
+def _check_signature(implementation: Implementation, complaint: _Complaint, version: int) -> None:
     function = _function(implementation.value)
     assert function is not None
     parameters = list(inspect.signature(function).parameters.values())
     if not isinstance(implementation.value, staticmethod):
         parameters = parameters[1:]
-    expected = PARAMETERS[implementation.hook]
+    expected = parameters_of(implementation.hook, version)
     problem = _signature_problem(parameters, expected)
     if problem:
         raise complaint(
@@ -232,6 +239,7 @@ def _missing(owner: type, hook: str, row: Candidate) -> ContractError:
         if forgotten
         else f"hook {hook} is declared in backend.toml but not implemented",
         ReasonCode.HOOK_MISSING,
-        expected=f"@hookimpl\n    def {hook}(self, {', '.join(PARAMETERS[hook])})",
+        expected=f"@hookimpl\n    def {hook}(self, "
+        f"{', '.join(parameters_of(hook, declared_version(hook, row)))})",
         remedy="add @hookimpl" if forgotten else "implement it, or remove it from the manifest",
     )

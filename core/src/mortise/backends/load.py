@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from mortise.backends.adapters import adapters_of
 from mortise.backends.auto import select_auto
 from mortise.backends.bind import BoundParts, bind, import_backend, ops_table
 from mortise.backends.candidate import Candidate, Stage, replace_row
@@ -30,6 +31,8 @@ class ProviderRule(StrEnum):
     """Why a hook is answered by whom."""
 
     IMPLEMENTED = "implemented"
+    ADAPTED = "adapted"
+    """It implements the previous version, which the core still serves."""
     FALLBACK = "fallback"
     """The backend does not implement it: the exact reference answers, on the same device."""
 
@@ -57,6 +60,13 @@ class BoundBackend:
         """Hooks that the reference answers instead of the chosen backend; news for the user."""
         return tuple(
             decision for decision in self.decisions if decision.rule == ProviderRule.FALLBACK
+        )
+
+    @property
+    def adapted(self) -> tuple[Decision, ...]:
+        """Hooks that the chosen backend answers in their previous version; news for the user."""
+        return tuple(
+            decision for decision in self.decisions if decision.rule == ProviderRule.ADAPTED
         )
 
 
@@ -151,17 +161,33 @@ def _choices(parts: BoundParts, row: Candidate, role: ModelRole) -> Iterator[Dec
 def _provider_decision(
     hook: str, chosen: BoundParts, provider: BoundParts, row: Candidate, context: BindContext
 ) -> Decision:
-    implemented = provider is chosen
+    rule, reason = _provided(hook, chosen, provider, row)
     return Decision(
         role=context.role,
         subject=hook,
         value=str(provider.identity),
-        rule=ProviderRule.IMPLEMENTED if implemented else ProviderRule.FALLBACK,
-        reason=f"its manifest implements version {HOOKS[hook].version}"
-        if implemented
-        else f"{row.name} does not implement it; the exact reference answers on "
-        f"{provider.capabilities.device}",
+        rule=rule,
+        reason=reason,
         source=row.provenance,
+    )
+
+
+def _provided(
+    hook: str, chosen: BoundParts, provider: BoundParts, row: Candidate
+) -> tuple[ProviderRule, str]:
+    current = HOOKS[hook].version
+    if provider is not chosen:
+        device = provider.capabilities.device
+        reason = f"{row.name} does not implement it; the exact reference answers on {device}"
+        return ProviderRule.FALLBACK, reason
+    assert row.manifest is not None
+    adapter = adapters_of(row.manifest.implements).get(hook)
+    if adapter is None:
+        return ProviderRule.IMPLEMENTED, f"its manifest implements version {current}"
+    reason = f"its manifest implements version {adapter.version}, adapted to {current}"
+    return (
+        ProviderRule.ADAPTED,
+        f"{reason}; {CORE_DISTRIBUTION} {adapter.removed_in} will refuse it",
     )
 
 

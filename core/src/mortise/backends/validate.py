@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from mortise.backends.adapters import adapter_of
 from mortise.backends.candidate import Candidate, Stage
 from mortise.spec.hooks import HOOKS, PAIRED_HOOKS
 from mortise.spec.reasons import ReasonCode
@@ -109,7 +110,7 @@ def _check_hooks(manifest: Manifest) -> Rejection | None:
                 f"it implements {name!r}, which is no hook{similar_hook(name)}",
                 f"hooks are {', '.join(HOOKS)}",
             )
-        if spec.version != version:
+        if spec.version != version and adapter_of(name, version) is None:
             newer = version > spec.version
             return Rejection(
                 ReasonCode.HOOK_VERSION_UNSUPPORTED,

@@ -33,6 +33,12 @@ def _of_model(
             f"backend {bound.row.name!r} does not implement {hooks}: the exact reference answers,"
             " on the same device (--strict makes this an error)"
         )
+    if bound.adapted:
+        hooks = ", ".join(decision.subject for decision in bound.adapted)
+        yield (
+            f"backend {bound.row.name!r} answers the previous version of {hooks}, which this core"
+            f" adapts: a newer {bound.row.distribution} is needed before it no longer does"
+        )
     yield from _substitutions(dispatch)
     if bound.ops.backend.emulated:
         yield f"backend {bound.row.name!r} is emulated: its numerics, not its speed"
