@@ -21,6 +21,7 @@ from mortise.engine.load_decisions import (
     model_decision,
     scheme_decisions,
     skip_decisions,
+    unquantised_decisions,
 )
 from mortise.engine.materialise import materialise
 from mortise.errors import ConfigError, ModelConfigError
@@ -170,6 +171,7 @@ def load_draft(
             *index_key_decisions,
             *skip_decisions(ops.role, report),
             *scheme_decisions(ops.role, model),
+            *unquantised_decisions(ops.role, plan.notable()),
             *runner_decisions(ops.role, model),
             *dispatch_decisions(ops.role, dispatch),
             *cache_decisions(ops.role, needs, resolved),

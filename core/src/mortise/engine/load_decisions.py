@@ -62,6 +62,23 @@ def scheme_decisions(role: ModelRole, model: nn.Module) -> Iterator[Decision]:
         )
 
 
+def unquantised_decisions(role: ModelRole, notable: Mapping[str, int]) -> Iterator[Decision]:
+    """Projections that are floats against what the checkpoint says, or because the user says so.
+
+    Args:
+        role: of the model.
+        notable: how many there are for each reason.
+    """
+    for reason, count in notable.items():
+        yield Decision(
+            role=role,
+            subject="weights",
+            value=f"{count} projections float",
+            rule="override",
+            reason=reason,
+        )
+
+
 def dispatch_decisions(
     role: ModelRole, dispatch: Mapping[str, tuple[DispatchDecision, ...]]
 ) -> Iterator[Decision]:
