@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.fixtures.paged_models import reference_context, reference_ops
+from tests.cli.command_line import mortise
+from tests.fixtures.paged_models import reference_ops
 from tests.fixtures.qwen_mtp import OurDraft, TheirDraft, one_by_one, save_with_draft, their_models
 from tests.fixtures.tiny_models import tiny_transformers_model
 
 from mortise.checkpoint import CheckpointTensors, ModelDirectory, load_weights
 from mortise.checkpoint.quantization.plan import QuantizationPlan
-from mortise.errors import MissingTensorError, TensorMismatchError, UnexpectedTensorError
+from mortise.errors import MissingTensorError, TensorMismatchError, WeightsError
+from mortise.formats.weights import dequantise_weight
 from mortise.layers.context import LayerContext
 from mortise.models.registry import family_of
 from mortise.parallel.group import ExpertParallelGroup
+from mortise.spec.weights import WeightScheme
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +90,8 @@ def test_what_transformers_holds_is_what_it_saves(model_type: str, tmp_path: Pat
     assert GATE_UP in names[1]
     (one, _), (other, report) = loaded(tmp_path / "apart"), loaded(tmp_path / "fused")
     assert_same_bits(one, other)
-    assert set(report.placed) == names[1]
+    # To whom loads it, the one is the other.
+    assert set(report.placed) == names[0]
     assert not report.absent
 
 
@@ -111,9 +114,11 @@ def test_either_projection_may_be_fused(apart: Path, fused: Path, tmp_path: Path
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_rank_takes_its_share(apart: Path, fused: Path, rank: int) -> None:
     group = ExpertParallelGroup(rank=rank, world_size=3)
-    (one, _), (other, report) = loaded(apart, group), loaded(fused, group)
+    (one, its), (other, report) = loaded(apart, group), loaded(fused, group)
     assert_same_bits(one, other)
-    assert not report.skipped
+    assert report.skipped == its.skipped
+    assert len(report.skipped) == 4 * 4 * 3
+    assert report.bytes == its.bytes, "no more is read than the rank's share"
     whole, _ = loaded(fused)
     own = slice(2 * rank, 2 * rank + 2)
     for place in range(4):
@@ -122,19 +127,15 @@ def test_a_rank_takes_its_share(apart: Path, fused: Path, rank: int) -> None:
         assert torch.equal(here.w2.weight, there.w2.weight[own])
 
 
-def test_a_checkpoint_with_both_forms(apart: Path, fused: Path, tmp_path: Path) -> None:
-    gate_up = load_file(fused / "model.safetensors")[GATE_UP]
-    with pytest.raises(UnexpectedTensorError, match=re.escape(GATE_UP)):
-        loaded(with_tensors(apart, tmp_path, {GATE_UP: gate_up}))
-
-
-def test_one_expert_of_a_fused_checkpoint_by_itself(fused: Path, tmp_path: Path) -> None:
-    """Its two values contradict each other, so neither is taken."""
-    name = "model.layers.1.mlp.experts.2.up_proj.weight"
-    with pytest.raises(MissingTensorError) as caught:
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_expert_in_both_forms(fused: Path, tmp_path: Path, number: int) -> None:
+    """Nothing says which of the two values is meant."""
+    name = f"model.layers.1.mlp.experts.{number}.up_proj.weight"
+    with pytest.raises(WeightsError) as caught:
         loaded(with_tensors(fused, tmp_path, {name: torch.ones(32, 64)}))
-    assert "lacks 11 tensors" in str(caught.value)
-    assert f"  {GATE_UP}" in str(caught.value)
+    message = str(caught.value)
+    assert f"tensor {name!r} is stored twice" in message
+    assert f"in {GATE_UP}, which holds it of all experts" in message
 
 
 def test_a_fused_tensor_that_is_missing(fused: Path, tmp_path: Path) -> None:
@@ -143,26 +144,70 @@ def test_a_fused_tensor_that_is_missing(fused: Path, tmp_path: Path) -> None:
     assert "model.layers.1.mlp.experts.0.down_proj.weight" in str(caught.value)
 
 
-def test_a_wrong_shape_is_said_once(fused: Path, tmp_path: Path) -> None:
+def test_a_wrong_shape(fused: Path, tmp_path: Path) -> None:
     with pytest.raises(TensorMismatchError) as caught:
         loaded(with_tensors(fused, tmp_path, {GATE_UP: torch.ones(NUM_EXPERTS, 64, 60)}))
-    message = str(caught.value)
-    assert "1 tensor in a shape" in message
-    assert f"{GATE_UP} is [6, 64, 60] in model.safetensors, expected [6, 64, 64]" in message
+    wrong = "experts.0.gate_proj.weight is [32, 60] in model.safetensors, expected [32, 64]"
+    assert wrong in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(NUM_EXPERTS, 63, 64), (NUM_EXPERTS * 64, 64)])
+def test_a_tensor_that_is_no_experts(fused: Path, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Neither of rows that are gate and up, nor without experts."""
+    with pytest.raises(MissingTensorError) as caught:
+        loaded(with_tensors(fused, tmp_path, {GATE_UP: torch.ones(shape)}))
+    assert "lacks 12 tensors" in str(caught.value)
+    assert GATE_UP in str(caught.value).split("also:")[1]
 
 
 def test_too_few_experts(fused: Path, tmp_path: Path) -> None:
-    with pytest.raises(TensorMismatchError, match=r"is \[5, 64, 32\] .*expected \[6, 64, 32\]"):
+    with pytest.raises(MissingTensorError, match=r"experts\.5\.down_proj\.weight"):
         loaded(with_tensors(fused, tmp_path, {DOWN: torch.ones(5, 64, 32)}))
 
 
-def test_fused_experts_that_are_quantised_are_an_error_that_names_them(
-    fused: Path, tmp_path: Path
-) -> None:
+def test_quantised_experts_of_which_nothing_is_said(fused: Path, tmp_path: Path) -> None:
     values = load_file(fused / "model.safetensors")[GATE_UP].to(torch.float8_e4m3fn)
-    with pytest.raises(TensorMismatchError) as caught:
+    with pytest.raises(
+        TensorMismatchError, match=r"experts\.0\.gate_proj\.weight is float8_e4m3fn"
+    ):
         loaded(with_tensors(fused, tmp_path, {GATE_UP: values}))
-    assert f"{GATE_UP} is float8_e4m3fn, expected bfloat16" in str(caught.value)
+
+
+def test_float8_experts_and_their_scales_as_one_tensor_each(tmp_path: Path) -> None:
+    """As transformers holds what it has quantised; the same bits one by one."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2}
+    layers = ["linear_attention", "full_attention"]
+    model = tiny_transformers_model(model_type=MOE_TEXT, layer_types=layers, **sizes)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    changed: dict[str, torch.Tensor | None] = {}
+    for name in [name for name in tensors if ".experts." in name]:
+        rows = tensors[name].shape[1] // 128
+        changed[name] = (tensors[name] * 100).to(torch.float8_e4m3fn)
+        changed[f"{name}_scale_inv"] = torch.rand(NUM_EXPERTS, rows, 1) + 0.5
+    stored = {name: value for name, value in changed.items() if value is not None}
+    for form in ("apart", "fused"):
+        (tmp_path / form).mkdir()
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        (tmp_path / form / "config.json").write_text(json.dumps(config))
+        kept = tensors | stored if form == "fused" else one_by_one(tensors | stored)
+        kept = {name: value.contiguous() for name, value in kept.items()}
+        save_file(kept, tmp_path / form / "model.safetensors", metadata={"format": "pt"})
+    (one, _), (other, _) = loaded(tmp_path / "apart"), loaded(tmp_path / "fused")
+    assert_same_bits(one, other)
+    for place in range(2):
+        for projection in ("w13", "w2"):
+            here, there = (
+                getattr(model.model.layers[place].mlp.experts, projection).record()
+                for model in (one, other)
+            )
+            assert here.scheme is WeightScheme.FP8_BLOCK
+            assert torch.equal(here.weight.view(torch.uint8), there.weight.view(torch.uint8))
+            assert torch.equal(here.scale, there.scale)
+    up = stored["model.layers.1.mlp.experts.gate_up_proj"][3, 128:]
+    weight = other.model.layers[1].mlp.experts.w13.record().weight
+    assert torch.equal(weight[3, 128:].view(torch.uint8), up.view(torch.uint8))
 
 
 def test_unquantised_fused_experts_of_a_quantised_checkpoint(fused: Path, tmp_path: Path) -> None:
@@ -221,14 +266,14 @@ def save_in_forms(
     return path
 
 
-def test_placements_name_both_forms() -> None:
-    """The other form goes into the same memory."""
-    raw = tiny_transformers_model(model_type=MOE_TEXT).config.to_dict()
-    family = family_of(raw)
-    model = family.build(raw, reference_context())
-    experts = [one for one in family.placements(model) if one.instead is not None]
-    assert len(experts) == 4 * 3 * NUM_EXPERTS
-    for placement in experts:
-        assert placement.instead is not None
-        assert placement.instead.target is placement.target
-        assert not placement.instead.optional
+def test_a_quantised_copy_of_a_model_with_fused_experts(fused: Path, tmp_path: Path) -> None:
+    """Its experts are quantised like those of the same model that stores them one by one."""
+    outcome = mortise("quantize", tmp_path / "copy", "--model", fused, "--scheme", "fp8-block")
+    assert outcome.code == 0, outcome.stderr
+    model, _ = loaded(tmp_path / "copy")
+    schemes = {layer.mlp.experts.w13.stored.scheme for layer in model.model.layers}
+    assert schemes == {WeightScheme.FP8_BLOCK}
+    exact, _ = loaded(fused)
+    wide = exact.model.layers[3].mlp.experts.w2.weight
+    rounded = dequantise_weight(model.model.layers[3].mlp.experts.w2.record(), torch.float32)
+    assert 0 < (rounded - wide).abs().max() < 0.1 * wide.abs().max()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,7 @@ def load_weights(
     """
     started = time.perf_counter()
     wanted: dict[str, list[Placement]] = defaultdict(list)
-    for placement in in_stored_form(placements, tensors):
+    for placement in placements:
         wanted[placement.name].append(placement)
     used = {*wanted, *read_along(wanted)}
     skipped = skipped_names((name for name in tensors.names() if name not in used), skips)
@@ -94,27 +94,6 @@ def load_weights(
         bytes=num_bytes,
         seconds=time.perf_counter() - started,
     )
-
-
-def in_stored_form(
-    placements: Iterable[Placement], tensors: CheckpointTensors
-) -> Iterator[Placement]:
-    """Each placement in the form in which the checkpoint stores its values.
-
-    The other form of several placements is taken where its tensor is there and none of their own:
-    a checkpoint that holds values in both forms does not say which of them are meant, so that one
-    of them is reported as unexpected.
-
-    Args:
-        placements: those of a model.
-        tensors: the opened checkpoint.
-    """
-    every = tuple(placements)
-    in_both = {one.instead.name for one in every if one.instead and one.name in tensors}
-    for placement in every:
-        other = placement.instead
-        takes_other = other is not None and other.name in tensors and other.name not in in_both
-        yield other if other is not None and takes_other else placement
 
 
 @torch.no_grad()

@@ -173,12 +173,11 @@ def unexpected_misfits(unexpected: Sequence[str], candidates: Sequence[str]) -> 
 def pairs(
     tensors: CheckpointTensors, wanted: Mapping[str, Sequence[Placement]]
 ) -> Iterable[tuple[StoredTensor, Expected]]:
-    """Each tensor that is there with what it has to look like; parts of one say it but once."""
+    """Each tensor that is there with what it has to look like."""
     for name, placements in wanted.items():
         if name in tensors:
             stored = tensors.stored(name)
-            expected = (placement.stored or placement.target for placement in placements)
-            yield from ((stored, form) for form in dict.fromkeys(expected))
+            yield from ((stored, placement.stored or placement.target) for placement in placements)
     for name, form in read_along(wanted).items():
         if name in tensors:
             yield tensors.stored(name), form

@@ -44,8 +44,6 @@ class Placement:
             can be converted into the target's.
         convert: makes the target's values of the stored ones; None copies them.
         also: further tensors that ``convert`` reads and that have no placement of their own.
-        instead: where the same values are in checkpoints that store them in another form, such as
-            those of all experts as one tensor; it goes into the same target.
     """
 
     name: str
@@ -54,7 +52,6 @@ class Placement:
     stored: StoredForm | None = None
     convert: Conversion | None = None
     also: Mapping[str, StoredForm] = field(default_factory=lambda: MappingProxyType({}))
-    instead: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)

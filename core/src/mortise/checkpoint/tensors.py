@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mortise.checkpoint.damage import corrupt_file
+from mortise.checkpoint.fused_experts import experts_apart
 from mortise.errors import MissingTensorError, WeightsError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mortise.checkpoint.directory import WeightFiles
+    from mortise.checkpoint.fused_experts import ExpertPart
 
 # Names of the safetensors format.
 DTYPES = MappingProxyType(
@@ -48,12 +50,16 @@ MAPPED_BYTES_LIMIT = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor is stored and what the file's header says of it."""
+    """Where a tensor is stored and what the file's header says of it.
+
+    ``within`` is where it is in a tensor of all experts; None is a tensor of its own.
+    """
 
     name: str
     path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    within: ExpertPart | None = None
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +71,7 @@ class CheckpointTensors:
     """Read access to the tensors of one or several safetensors files.
 
     Opening reads the headers of all files and no data. At most one file is mapped at any time.
+    Experts that are stored as one tensor a layer are named and read one by one.
 
     Args:
         files: the files, and the index if there is one.
@@ -76,9 +83,10 @@ class CheckpointTensors:
     """
 
     def __init__(self, files: WeightFiles) -> None:
-        self._tensors = tensors_of(files.paths)
+        stored = tensors_of(files.paths)
         if files.weight_map is not None:
-            check_index(files.weight_map, self._tensors)
+            check_index(files.weight_map, stored)
+        self._tensors = experts_apart(stored)
         self._mapped_path: Path | None = None
         self._mapped: Any = None
         self._mapped_bytes = 0
@@ -132,6 +140,8 @@ class CheckpointTensors:
             self.close()
             self._mapped, self._mapped_path = opened(stored.path), stored.path
         self._mapped_bytes += stored.nbytes
+        if stored.within is not None:
+            return stored.within.of(self._mapped.get_tensor(stored.within.name))
         tensor: torch.Tensor = self._mapped.get_tensor(name)
         return tensor
 

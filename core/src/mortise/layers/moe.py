@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from mortise.errors import BackendUnusableError
-from mortise.layers.fused_experts import fused_placement
 from mortise.layers.linear import stored_placements
 from mortise.layers.stored_tensors import StoredTensors
 from mortise.parallel.collectives import all_reduce_max_float
@@ -29,7 +28,7 @@ from mortise.spec.reasons import ReasonCode
 from mortise.spec.weights import WeightScheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from mortise.checkpoint.placement import Placement
     from mortise.layers.context import LayerContext
@@ -90,30 +89,10 @@ class RoutedExperts(nn.Module):
         )
 
     def placements(self) -> Iterator[Placement]:
-        """Where the tensors of this rank's experts go, stored one by one or as one tensor."""
+        """Where the tensors of this rank's experts go."""
         for place, expert in enumerate(self.local):
-            w13 = stored_placements(self._schemes, self._gate_up(expert), self.w13, place)
-            yield from self._or_fused(w13, "gate_up_proj", expert, self.w13)
-            w2 = stored_placements(self._schemes, self._down(expert), self.w2, place)
-            yield from self._or_fused(w2, "down_proj", expert, self.w2)
-
-    def _or_fused(
-        self, placements: Iterable[Placement], leaf: str, expert: int, tensors: StoredTensors
-    ) -> Iterator[Placement]:
-        """The placements of one expert, beside that of the tensor which may hold all experts."""
-        if tensors.stored.scheme is not WeightScheme.FLOAT:
-            yield from placements
-            return
-        for part, placement in enumerate(placements):
-            fused = fused_placement(
-                f"{self._name}.{leaf}",
-                placement.target,
-                expert=expert,
-                num_experts=self.num_experts,
-                part=part,
-                num_parts=tensors.num_parts,
-            )
-            yield replace(placement, instead=fused)
+            yield from stored_placements(self._schemes, self._gate_up(expert), self.w13, place)
+            yield from stored_placements(self._schemes, self._down(expert), self.w2, place)
 
     def record(self, layer: str) -> ExpertWeights:
         """The weights as the hooks take them."""
