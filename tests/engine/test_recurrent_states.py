@@ -16,6 +16,7 @@ from mortise.layers.gated_delta_net import GatedDeltaNet
 from mortise.layers.linear import QuantizedLinear
 from tests.cli.command_line import mortise
 from tests.engine.rank_program import PROMPTS, results
+from tests.fixtures.drafted_models import save_drafted
 from tests.fixtures.launched import launch
 from tests.fixtures.tiny_models import save_tiny
 
@@ -99,6 +100,19 @@ def test_what_the_states_take_is_a_decision(model: Path) -> None:
     assert "scheduler.max_num_seqs 3" in decision.reason
     (cache,) = [one for one in llm.decisions if one.subject == "cache"]
     assert cache.value == "64 pages, 2.0 MiB"
+
+
+def test_what_verifying_takes_is_a_decision_where_something_drafts(tmp_path: Path) -> None:
+    path = save_drafted(tmp_path / "drafted", model_type=NEXT)
+    with_draft = LLM(model=path, scheduler={"max_num_seqs": 3}, draft={"num_tokens": 2})
+    (decision,) = [one for one in with_draft.decisions if one.subject == "states while verifying"]
+    # Three tokens of three requests, each a quarter of the four slots.
+    states = with_draft.loaded.pool.states
+    assert (
+        decision.value == f"up to {states.num_bytes / 4 * 9 / 1024:.1f} KiB for the time of a pass"
+    )
+    assert "3 tokens of scheduler.max_num_seqs 3 requests" in decision.reason
+    assert not [one for one in LLM(model=path).decisions if "verifying" in one.subject]
 
 
 def test_a_model_without_recurrent_layers_has_no_such_decision(tiny_model: Path) -> None:

@@ -96,3 +96,16 @@ def cache_decisions(
             " one for a sequence that is scored",
             source=resolved.origins[key],
         )
+    num_drafts = resolved.config.draft.num_tokens
+    if needs.state_bytes and num_drafts:
+        seqs = resolved.config.scheduler.max_num_seqs
+        kept = needs.state_bytes // needs.num_slots * seqs * (num_drafts + 1)
+        yield Decision(
+            role=role,
+            subject="states while verifying",
+            value=f"up to {size_text(kept)} for the time of a pass",
+            rule="configuration",
+            reason=f"one after each of {num_drafts + 1} tokens of scheduler.max_num_seqs {seqs}"
+            " requests, since a rejection goes back to an earlier one",
+            source=resolved.origins["draft.num_tokens"],
+        )
