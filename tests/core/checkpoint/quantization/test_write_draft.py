@@ -140,6 +140,27 @@ def test_layers_under_mtp_are_drafts_too(mtp: Path, tmp_path: Path, dialect: str
     assert all(name.startswith(MTP) for name in of_draft(projections))
 
 
+def test_experts_in_one_tensor_are_quantised_one_by_one(mtp: Path, tmp_path: Path) -> None:
+    tensors = load_file(mtp / "model.safetensors")
+    experts = f"{MTP}mlp.experts."
+    gates, ups, downs = (
+        torch.stack([tensors.pop(f"{experts}{n}.{leaf}_proj.weight") for n in range(4)])
+        for leaf in ("gate", "up", "down")
+    )
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    (fused / "config.json").write_bytes((mtp / "config.json").read_bytes())
+    tensors[f"{experts}gate_up_proj"] = torch.cat([gates, ups], dim=1)
+    tensors[f"{experts}down_proj"] = downs
+    save_file(tensors, fused / "model.safetensors")
+    recipe = Recipe.of("w8a8", draft_scheme="w4a16")
+    write(fused, tmp_path / "q", recipe)
+    write(mtp, tmp_path / "apart", recipe)
+    found, expected = read(tmp_path / "q"), read(tmp_path / "apart")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_what_stays_float_in_a_draft_that_is_quantised(nextn: Path, tmp_path: Path) -> None:
     projections = write(nextn, tmp_path / "q", Recipe.of("w8a8", draft_scheme="w8a8"))
     left = {
