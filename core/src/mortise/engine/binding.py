@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mortise.backends import load_backend
@@ -13,17 +14,23 @@ from mortise.spec.reasons import ReasonCode
 from mortise.spec.roles import ModelRole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from mortise.backends import BoundBackend
+    from mortise.backends import BoundBackend, Ops
     from mortise.config import EngineConfig, ResolvedConfig
     from mortise.env import Launch
 
+    WrapOps = Callable[[Ops], Ops]
+    """Puts other callables in the place of a role's hooks, such as ones that record."""
+
 
 def bind_backend(
-    resolved: ResolvedConfig, launch: Launch | None = None, role: ModelRole = ModelRole.MAIN
+    resolved: ResolvedConfig,
+    launch: Launch | None = None,
+    role: ModelRole = ModelRole.MAIN,
+    wrap_ops: WrapOps | None = None,
 ) -> BoundBackend:
-    """The configured backend for one model role.
+    """The configured backend for one model role, its hooks wrapped where that is asked for.
 
     Raises:
         BackendError: it cannot be had, or serves no pages of the cache's size.
@@ -46,7 +53,7 @@ def bind_backend(
             details=[f"it serves: {', '.join(map(str, sorted(served)))}"],
             remedy="use another backend",
         )
-    return bound
+    return bound if wrap_ops is None else replace(bound, ops=wrap_ops(bound.ops))
 
 
 def backend_options(config: EngineConfig, role: ModelRole) -> Mapping[str, Mapping[str, Any]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from mortise.backends import Decision
+    from mortise.engine.binding import WrapOps
     from mortise.engine.events import Completion
     from mortise.engine.loading import LoadedModel, LoadProgress
     from mortise.engine.sampling_params import SamplingParams
@@ -55,6 +56,8 @@ class LLM:
             None is this process alone.
         warm_up: compile now what the backend compiles for this model; False leaves it to
             :meth:`warm_up`, or to the first tokens, which then wait for it.
+        wrap_ops: given the hooks of each role, gives those that its model is to call; how a run
+            is recorded.
         fields: fields of :class:`EngineConfig`, instead of ``config``.
 
     Raises:
@@ -70,6 +73,7 @@ class LLM:
         progress: LoadProgress | None = None,
         launch: Launch | None = None,
         warm_up: bool = True,
+        wrap_ops: WrapOps | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and fields:
@@ -81,7 +85,7 @@ class LLM:
         if not isinstance(config, ResolvedConfig):
             config = ResolvedConfig.of(config or EngineConfig(**fields))
         self.resolved = config
-        self._loaded = load_model(config, progress, launch)
+        self._loaded = load_model(config, progress, launch, wrap_ops)
         directory = self._loaded.directory.path
         self._tokenizer = (
             Tokenizer.load(directory) if (directory / TOKENIZER_FILE).is_file() else None

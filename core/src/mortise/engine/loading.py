@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from mortise.backends import BoundBackend, Decision
     from mortise.config import ResolvedConfig
+    from mortise.engine.binding import WrapOps
     from mortise.engine.sampling_params import SamplingParams
     from mortise.env import Launch
     from mortise.models.family import CachePool, CausalLM, ModelFacts, ModelFamily
@@ -99,6 +100,7 @@ def load_model(
     resolved: ResolvedConfig,
     progress: LoadProgress | None = None,
     launch: Launch | None = None,
+    wrap_ops: WrapOps | None = None,
 ) -> LoadedModel:
     """Bind the backend, build the model without memory, give it memory, fill it.
 
@@ -108,6 +110,7 @@ def load_model(
         resolved: the configuration.
         progress: told the bytes loaded so far and the bytes of all.
         launch: this process's place among those that share the experts; None is it alone.
+        wrap_ops: given the hooks of each role, gives those that its model is to call.
 
     Raises:
         MortiseError: directory, architecture, backend, weights or memory; each says which.
@@ -117,8 +120,10 @@ def load_model(
     draft = None
     if resolved.config.draft.num_tokens:
         draft = open_draft(resolved.config.draft, opened.directory, opened.family, opened.facts)
-    bound = bind_backend(resolved, launch)
-    draft_bound = None if draft is None else bind_backend(resolved, launch, ModelRole.DRAFT)
+    bound = bind_backend(resolved, launch, wrap_ops=wrap_ops)
+    draft_bound = None
+    if draft is not None:
+        draft_bound = bind_backend(resolved, launch, ModelRole.DRAFT, wrap_ops)
     group = join_group(
         launch,
         resolved,
