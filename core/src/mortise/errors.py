@@ -24,7 +24,9 @@
     |   `-- ScaleError              scales that are not finite, not positive, or of a wrong shape
     |-- RequestError                one generation request
     |   `-- PromptTooLongError      prompt (and new tokens) exceed the model's context
+    |-- RecordingError              a recording of hook calls: damaged, foreign, not to be written
     |-- CapacityError               the machine or the configured cache is too small
+    |-- NewPluginError              a new plugin cannot be called, or written, as asked
     `-- ParallelError               several processes that work on one model
         |-- RankLostError           a process died, or did not answer in time
         `-- RankDisagreementError   processes were started with different configurations
@@ -171,8 +173,16 @@ class PromptTooLongError(RequestError):
     """The prompt, with the tokens asked for, is longer than the model's context."""
 
 
+class RecordingError(MortiseError):
+    """A recording of hook calls cannot be written, read or replayed as asked."""
+
+
 class CapacityError(MortiseError):
     """Memory or the configured number of cache pages is too small for what was asked."""
+
+
+class NewPluginError(MortiseError):
+    """A new plugin cannot have the name, or be written to the place, that was asked for."""
 
 
 class ParallelError(MortiseError):
