@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mortise import LLM, SamplingParams
+from mortise import SamplingParams
 from mortise.errors import (
     MissingTensorError,
     ModelConfigError,
