@@ -90,6 +90,11 @@ def test_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_documented("warmup", mortise("warmup", "--json").document)
 
 
+def test_new_plugin(tmp_path: Path) -> None:
+    arguments = ("new-plugin", "my_chip", "--output", tmp_path / "new", "--json")
+    assert_documented("new-plugin", mortise(*arguments).document)
+
+
 def test_eval(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "own.txt"
     file.write_text("def f(x):\n    return x\n")

@@ -43,6 +43,7 @@ $ mortise eval --documents 1 --schemes w8a8,w4a4 --plot schemes.svg
 $ mortise quantize quantised --scheme w4a16
 $ mortise quantize mixed --scheme w8a8 --dialect modelslim --scheme-for "*.experts.*=w4a4"
 """,
+        "new-plugin": "$ mortise new-plugin my_chip\n",
         "warmup": "$ mortise warmup\n$ mortise warmup --json\n",
     }
 )

@@ -19,7 +19,7 @@ DEVICE_WORD = re.compile(
 )
 # A vocabulary is learnt from text, not written: a piece of "input" is no statement about a chip.
 LEARNT = {"tokenizer.json", "vocab.json", "merges.txt"}
-TEXT = {".py", ".toml", ".md", ".json", ".jinja", ".txt", ".typed"}
+TEXT = {".py", ".toml", ".md", ".json", ".jinja", ".template", ".txt", ".typed"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from mortise.cli.eval import evaluate
 from mortise.cli.explain import explain
 from mortise.cli.generate import generate
 from mortise.cli.group import BoundaryGroup
+from mortise.cli.new_plugin import new_plugin
 from mortise.cli.quantize import quantize
 from mortise.cli.warmup import warmup
 
@@ -41,3 +42,4 @@ mortise.add_command(doctor)
 mortise.add_command(evaluate)
 mortise.add_command(quantize)
 mortise.add_command(warmup)
+mortise.add_command(new_plugin)
