@@ -1,0 +1,459 @@
+"""Stands between a model and its hooks, and keeps what is asked and answered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from mortise.recording.codec import encode
+from mortise.recording.dispatchers import RecordedDispatcher
+from mortise.recording.documents import FORMAT, SCHEMA, Call, Header, LeftOut, WhoAnswered
+from mortise.recording.passes import RunningModules
+from mortise.recording.rows import PlainRows, counts_of, packed, row_places
+from mortise.spec.hooks import NotSupported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from mortise.backends import Ops
+    from mortise.recording.sampling import Sampling
+    from mortise.recording.writer import RecordingWriter
+    from mortise.spec.capabilities import (
+        ExpertLayerRequest,
+        LinearLayerRequest,
+        Support,
+    )
+    from mortise.spec.dispatch import (
+        DispatchDecision,
+        DispatchedTokens,
+        DispatchRequest,
+        TokenDispatcher,
+        TokenDispatcherRequest,
+    )
+    from mortise.spec.experts import ExpertWeights
+    from mortise.spec.paged_mqa import IndexKeyPages, PagedMQAMetadata
+    from mortise.spec.qkv import QKVParts, QKVShape
+    from mortise.spec.roles import ForwardMode, ModelRole
+    from mortise.spec.weights import LinearWeight
+
+    Answer = TypeVar("Answer")
+
+SAMPLE, SIZE = "sample", "max_bytes"
+"""Why a call is not kept."""
+
+
+class Recorder:
+    """Records the hooks of every role of one run, made with ``LLM(..., wrap_ops=recorder.wrap)``.
+
+    Inputs are copied before a hook is called, since it may use their memory. What recording costs
+    is time and the writer's disk; what a model computes it does not change.
+
+    Args:
+        writer: where to.
+        sampling: what to keep.
+    """
+
+    def __init__(self, writer: RecordingWriter, sampling: Sampling) -> None:
+        self._writer = writer
+        self._sampling = sampling
+        self.running = RunningModules()
+        self._number = 0
+        self._left_out: Counter[tuple[str, str, str, str]] = Counter()
+        self._backends: dict[str, WhoAnswered] = {}
+        # Number of the call that prepared the weights of a role's layer, or that left them out.
+        self._prepared: dict[tuple[ModelRole, str], int | None] = {}
+        self._planned: dict[int, tuple[PagedMQAMetadata, int]] = {}
+
+    def wrap(self, ops: Ops) -> Ops:
+        """The same hooks, which tell the recorder what they are asked and what they answer."""
+        identity = ops.backend
+        self._backends[ops.role.value] = WhoAnswered(
+            name=identity.name,
+            distribution=identity.distribution,
+            version=identity.version,
+            emulated=identity.emulated,
+            device=str(ops.capabilities.device),
+        )
+        return RecordedOps(self, ops).table()
+
+    def watch(self, model: nn.Module) -> None:
+        """Follow a loaded model, to say of each call which module made it in which pass."""
+        self.running.watch(model)
+
+    def finish(self, *, model: str, dtype: torch.dtype, version: str) -> Header:
+        """Write the index.
+
+        Args:
+            model: directory of the model.
+            dtype: of the hidden state.
+            version: of the core.
+
+        Raises:
+            RecordingError: it cannot be written.
+        """
+        header = Header(
+            format=FORMAT,
+            schema=SCHEMA,
+            mortise=version,
+            model=model,
+            dtype=str(dtype).removeprefix("torch."),
+            backends=self._backends,
+            sample=str(self._sampling),
+            max_bytes=self._writer.max_bytes,
+            tensor_bytes=self._writer.tensor_bytes,
+            num_calls=self._number,
+            left_out=[
+                LeftOut(hook=hook, layer=layer, role=role, reason=reason, calls=calls)
+                for (hook, layer, role, reason), calls in sorted(self._left_out.items())
+            ],
+            files={},
+        )
+        self._writer.finish(header)
+        return header
+
+    def begin(self) -> int:
+        """Count a call."""
+        self._number += 1
+        return self._number
+
+    def keeps(
+        self,
+        hook: str,
+        layer: str,
+        role: ModelRole,
+        tensors: tuple[torch.Tensor | None, ...],
+        uses: int | None = 0,
+    ) -> bool:
+        """Whether a call is kept; if not, it is noted why.
+
+        Args:
+            hook, layer, role: of the call.
+            tensors: that it is asked with.
+            uses: the earlier call that it builds on; None is one that was not kept, 0 none.
+        """
+        reason = None
+        if not (
+            self._sampling.has_pass(self.running.number) and self._sampling.has_layer(layer)
+        ):
+            reason = SAMPLE
+        elif uses is None or not self._writer.room_for(one for one in tensors if one is not None):
+            reason = SIZE
+        if reason is not None:
+            self.leave_out(hook, layer, role, reason)
+        return reason is None
+
+    def leave_out(self, hook: str, layer: str, role: ModelRole, reason: str) -> None:
+        """Note a call that is not kept."""
+        self._left_out[hook, layer, role.value, reason] += 1
+
+    def add(
+        self,
+        number: int,
+        hook: str,
+        layer: str,
+        role: ModelRole,
+        arguments: Mapping[str, Any],
+        answer: Any = None,
+        *,
+        mode: ForwardMode | None = None,
+        uses: int = 0,
+    ) -> bool:
+        """Keep a call, unless there is no room for its answer; then it is noted.
+
+        ``arguments`` are encoded already, since the hook may have changed them.
+        """
+        mode = mode or self.running.mode
+        answers = answer.values() if isinstance(answer, dict) else (answer,)
+        if not self._writer.room_for(one for one in answers if isinstance(one, torch.Tensor)):
+            self.leave_out(hook, layer, role, SIZE)
+            return False
+        self._writer.add(
+            Call.model_validate(
+                {
+                    "number": number,
+                    "hook": hook,
+                    "role": role.value,
+                    "layer": layer,
+                    "pass": self.running.number,
+                    "mode": None if mode is None else mode.value,
+                    "arguments": dict(arguments),
+                    "answer": self.encoded(answer),
+                    "uses": uses,
+                }
+            )
+        )
+        return True
+
+    def encoded(self, value: Any) -> Any:
+        """A value as the index holds it, its tensors kept."""
+        return encode(value, self._writer.keep)
+
+    def remember_weights(self, role: ModelRole, layer: str, number: int | None) -> None:
+        """Note which call holds the weights of a layer; None if none does."""
+        self._prepared[role, layer] = number
+
+    def weights_of(self, role: ModelRole, layer: str) -> int | None:
+        """Number of the call that holds the weights of a layer."""
+        return self._prepared.get((role, layer))
+
+    def remember_plan(self, metadata: PagedMQAMetadata, number: int) -> None:
+        """Note which call made a schedule; the record is held, so that its identity is its own."""
+        self._planned = {id(metadata): (metadata, number)} | dict(
+            list(self._planned.items())[:8]
+        )
+
+    def plan_of(self, metadata: PagedMQAMetadata) -> int | None:
+        """Number of the call that made a schedule; None if it was not kept."""
+        found = self._planned.get(id(metadata))
+        return None if found is None else found[1]
+
+
+class RecordedOps:
+    """The hooks of one role, each with the recorder around it.
+
+    Args:
+        recorder: is told.
+        ops: the hooks themselves.
+    """
+
+    def __init__(self, recorder: Recorder, ops: Ops) -> None:
+        self._recorder = recorder
+        self._ops = ops
+        self._role = ops.role
+
+    def table(self) -> Ops:
+        """What a model is given."""
+        return replace(
+            self._ops,
+            resolve_dispatch_dtype=self.resolve_dispatch_dtype,
+            prepare_expert_weights=self.prepare_expert_weights,
+            prepare_linear_weight=self.prepare_linear_weight,
+            create_token_dispatcher=self.create_token_dispatcher,
+            paged_mqa_metadata=self.paged_mqa_metadata,
+            paged_mqa_logits=self.paged_mqa_logits,
+            quantized_moe_apply=self.quantized_moe_apply,
+            quantized_linear=self.quantized_linear,
+            qkv_split=self.qkv_split,
+            supports=self.supports,
+            supports_linear=self.supports_linear,
+        )
+
+    def supports(self, request: ExpertLayerRequest, /) -> Support:
+        """Recorded, since an expert method decides about formats too."""
+        return self._data("supports", self._ops.supports, request)
+
+    def supports_linear(self, request: LinearLayerRequest, /) -> Support:
+        """Recorded beside :meth:`supports`."""
+        return self._data("supports_linear", self._ops.supports_linear, request)
+
+    def resolve_dispatch_dtype(self, request: DispatchRequest, /) -> DispatchDecision:
+        """Request and decision are data."""
+        return self._data("resolve_dispatch_dtype", self._ops.resolve_dispatch_dtype, request)
+
+    def _data(self, hook: str, function: Callable[[Any], Answer], request: Any) -> Answer:
+        recorder, number = self._recorder, self._recorder.begin()
+        answer = function(request)
+        if recorder.keeps(hook, request.layer, self._role, ()):
+            arguments = {"request": recorder.encoded(request)}
+            recorder.add(number, hook, request.layer, self._role, arguments, answer)
+        return answer
+
+    def prepare_expert_weights(
+        self, experts: ExpertWeights, decision: DispatchDecision, /
+    ) -> ExpertWeights:
+        """Stored tensors are kept once a layer: prepared ones may have lost them."""
+        recorder, hook, number = self._recorder, "prepare_expert_weights", self._recorder.begin()
+        stored = experts.prepared is None
+        tensors = (*_tensors(experts.w13), *_tensors(experts.w2)) if stored else ()
+        uses = 0 if stored else recorder.weights_of(self._role, experts.layer)
+        arguments: dict[str, Any] | None = None
+        if recorder.keeps(hook, experts.layer, self._role, tensors, uses):
+            arguments = {"decision": recorder.encoded(decision)}
+            if stored:
+                arguments |= {
+                    "w13": recorder.encoded(experts.w13),
+                    "w2": recorder.encoded(experts.w2),
+                    "num_local_experts": experts.num_local_experts,
+                    "hidden_size": experts.hidden_size,
+                    "intermediate_size": experts.intermediate_size,
+                }
+        if stored:
+            kept = number if arguments is not None else None
+            recorder.remember_weights(self._role, experts.layer, kept)
+        answer = self._ops.prepare_expert_weights(experts, decision)
+        if arguments is not None:
+            recorder.add(number, hook, experts.layer, self._role, arguments, uses=uses or 0)
+        return answer
+
+    def prepare_linear_weight(self, linear: LinearWeight, /) -> LinearWeight:
+        """As :meth:`prepare_expert_weights`."""
+        recorder, hook, number = self._recorder, "prepare_linear_weight", self._recorder.begin()
+        tensors = (*_tensors(linear.stored), linear.bias)
+        arguments = None
+        if recorder.keeps(hook, linear.layer, self._role, tensors):
+            arguments = {"linear": recorder.encoded(replace(linear, prepared=None))}
+        kept = number if arguments is not None else None
+        recorder.remember_weights(self._role, linear.layer, kept)
+        answer = self._ops.prepare_linear_weight(linear)
+        if arguments is not None:
+            recorder.add(number, hook, linear.layer, self._role, arguments)
+        return answer
+
+    def create_token_dispatcher(
+        self, request: TokenDispatcherRequest, /
+    ) -> TokenDispatcher | NotSupported:
+        """Whether there is one; the backend's own is recorded call by call."""
+        recorder, hook, number = self._recorder, "create_token_dispatcher", self._recorder.begin()
+        answer = self._ops.create_token_dispatcher(request)
+        is_own = not isinstance(answer, NotSupported)
+        if not recorder.keeps(hook, request.layer, self._role, ()):
+            return answer
+        arguments = {"request": recorder.encoded(request)}
+        recorder.add(number, hook, request.layer, self._role, arguments, is_own)
+        if isinstance(answer, NotSupported):
+            return answer
+        return RecordedDispatcher(recorder, answer, request, number)
+
+    def paged_mqa_metadata(
+        self, context_lens: torch.Tensor, block_size: int, num_workers: int, mode: ForwardMode, /
+    ) -> PagedMQAMetadata:
+        """The lengths, and what the backend made of them as far as others can read it."""
+        recorder, hook, number = self._recorder, "paged_mqa_metadata", self._recorder.begin()
+        arguments = None
+        if recorder.keeps(hook, "", self._role, (context_lens,)):
+            arguments = {
+                "context_lens": recorder.encoded(context_lens),
+                "block_size": block_size,
+                "num_workers": num_workers,
+                "mode": recorder.encoded(mode),
+            }
+        answer = self._ops.paged_mqa_metadata(context_lens, block_size, num_workers, mode)
+        if arguments is not None:
+            described = {
+                "max_context_len": answer.max_context_len,
+                "context_lens": answer.context_lens,
+                "schedule": answer.schedule,
+                "planned_lens": answer.planned_lens,
+            }
+            if recorder.add(number, hook, "", self._role, arguments, described, mode=mode):
+                recorder.remember_plan(answer, number)
+        return answer
+
+    def paged_mqa_logits(
+        self,
+        query: torch.Tensor,
+        key_pages: IndexKeyPages,
+        weights: torch.Tensor,
+        page_table: torch.Tensor,
+        metadata: PagedMQAMetadata,
+        /,
+    ) -> torch.Tensor:
+        """Of the cache, the pages that the page table names; of the answer, visible columns."""
+        recorder, hook, number = self._recorder, "paged_mqa_logits", self._recorder.begin()
+        layer, planned_by = recorder.running.layer, recorder.plan_of(metadata)
+        # One length a row here, whatever next_n is: columns past the longest are nobody's.
+        num_pages = -(-metadata.max_context_len // metadata.block_size)
+        used, places = page_table[:, :num_pages].unique(return_inverse=True)
+        keys = _selected(key_pages.keys, used)
+        scales = None if key_pages.scales is None else key_pages.scales[used]
+        arguments, tensors = None, (query, keys, scales, weights, places)
+        if recorder.keeps(hook, layer, self._role, tensors, planned_by):
+            given = {
+                "query": query,
+                "keys": keys,
+                "scales": scales,
+                "weights": weights,
+                "page_table": places.to(torch.int32),
+            }
+            arguments = {name: recorder.encoded(one) for name, one in given.items()}
+        answer = self._ops.paged_mqa_logits(query, key_pages, weights, page_table, metadata)
+        if arguments is not None:
+            visible = answer[:, : metadata.max_context_len]
+            recorder.add(
+                number, hook, layer, self._role, arguments, visible, uses=planned_by or 0
+            )
+        return answer
+
+    def quantized_moe_apply(
+        self, tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype, /
+    ) -> torch.Tensor:
+        """Rows and results are kept packed, without what their layout puts around them."""
+        recorder, hook, number = self._recorder, "quantized_moe_apply", self._recorder.begin()
+        layer = experts.layer
+        weights = recorder.weights_of(self._role, layer)
+        tensors = (tokens.rows, tokens.scales, tokens.row_weights)
+        arguments: dict[str, Any] | None = None
+        if recorder.keeps(hook, layer, self._role, tensors, weights):
+            plain = PlainRows.of(tokens)
+            arguments = {
+                "format": recorder.encoded(tokens.format),
+                "rows": recorder.encoded(plain.rows),
+                "scales": recorder.encoded(plain.scales),
+                "row_weights": recorder.encoded(plain.row_weights),
+                "counts": list(plain.counts),
+                "capacity": plain.capacity,
+                "counts_on_host": plain.counts_on_host,
+                "kind": recorder.encoded(plain.kind),
+                "out_dtype": recorder.encoded(out_dtype),
+            }
+        answer = self._ops.quantized_moe_apply(tokens, experts, out_dtype)
+        if arguments is not None:
+            places = row_places(counts_of(tokens), tokens.format, tokens.rows.shape)
+            results = packed(answer, places, tokens.format)
+            recorder.add(number, hook, layer, self._role, arguments, results, uses=weights or 0)
+        return answer
+
+    def quantized_linear(
+        self, rows: torch.Tensor, linear: LinearWeight, out_dtype: torch.dtype, /
+    ) -> torch.Tensor:
+        """Rows and results."""
+        recorder, hook, number = self._recorder, "quantized_linear", self._recorder.begin()
+        layer = linear.layer
+        weights = recorder.weights_of(self._role, layer)
+        arguments = None
+        if recorder.keeps(hook, layer, self._role, (rows,), weights):
+            arguments = {"rows": recorder.encoded(rows), "out_dtype": recorder.encoded(out_dtype)}
+        answer = self._ops.quantized_linear(rows, linear, out_dtype)
+        if arguments is not None:
+            recorder.add(number, hook, layer, self._role, arguments, answer, uses=weights or 0)
+        return answer
+
+    def qkv_split(
+        self, projected_qkvz: torch.Tensor, projected_ba: torch.Tensor, shape: QKVShape, /
+    ) -> QKVParts:
+        """Both projections and the four parts."""
+        recorder, hook, number = self._recorder, "qkv_split", self._recorder.begin()
+        layer, arguments = recorder.running.layer, None
+        if recorder.keeps(hook, layer, self._role, (projected_qkvz, projected_ba)):
+            arguments = {
+                "projected_qkvz": recorder.encoded(projected_qkvz),
+                "projected_ba": recorder.encoded(projected_ba),
+                "shape": recorder.encoded(shape),
+            }
+        answer = self._ops.qkv_split(projected_qkvz, projected_ba, shape)
+        if arguments is not None:
+            parts = {"mixed_qkv": answer.mixed_qkv, "z": answer.z, "b": answer.b, "a": answer.a}
+            recorder.add(number, hook, layer, self._role, arguments, parts)
+        return answer
+
+
+def _tensors(stored: Any) -> tuple[torch.Tensor | None, ...]:
+    return (
+        stored.weight,
+        stored.scale,
+        stored.global_scale,
+        stored.input_scale,
+        stored.input_offset,
+    )
+
+
+def _selected(pages: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """Some pages; as bytes where torch cannot index the dtype."""
+    if pages.dtype is not torch.float8_e4m3fn:
+        return pages.index_select(0, used)
+    return pages.view(torch.uint8).index_select(0, used).view(torch.float8_e4m3fn)
