@@ -1,10 +1,10 @@
-"""Every reason code, error, variable, hook and manifest field is on its page."""
+"""Whatever a reader can meet is on its page, and generated pages are what the code says."""
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
+import tomllib
 
 import pytest
 
@@ -12,11 +12,13 @@ from mortise import env, errors
 from mortise.backends.manifest import Manifest
 from mortise.cli import command_tree
 from mortise.models.registry import FAMILIES
+from mortise.spec import hooks
 from mortise.spec.hooks import HOOKS
 from mortise.spec.reasons import ReasonCode
 from mortise_cuda_common import environment as cuda_common_environment
 from mortise_npu_ascend import environment as npu_ascend_environment
-from tests.docs import cli_page
+from tests.docs import cli_page, hook_pages, manifest_page, records_page
+from tests.docs.completeness import undocumented
 from tests.docs.pages import DOCS, REPOSITORY
 
 
@@ -54,49 +56,78 @@ def test_every_variable_has_its_row() -> None:
     assert set(first_cells("reference/environment.md")) == variables | of_backends
 
 
-def test_every_manifest_field_has_its_row() -> None:
-    fields = [field.alias or name for name, field in Manifest.model_fields.items()]
-    assert first_cells("how-to/write-a-backend.md") == fields
-
-
 def test_every_model_type_has_its_row() -> None:
     known = {name for family in FAMILIES for name in family.model_types}
     assert known <= set(first_cells("reference/model-families.md"))
 
 
-def documented_signature(hook: str) -> ast.FunctionDef:
-    """The function shown below the hook's heading."""
-    text = (DOCS / "reference/hooks.md").read_text(encoding="utf-8")
-    match = re.search(rf"^## {hook}\n.*?^```py\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    assert match, f"docs/reference/hooks.md lacks a section with the signature of {hook}"
-    (function,) = ast.parse(match[1]).body
-    assert isinstance(function, ast.FunctionDef)
-    return function
-
-
-def specified_signature(hook: str) -> ast.FunctionDef:
-    """The function of the specification."""
-    path = REPOSITORY / "core/src/mortise/spec/hooks.py"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return next(
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == hook
-    )
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-def test_every_hook_is_documented_with_its_exact_signature(hook: str) -> None:
-    shown, specified = documented_signature(hook), specified_signature(hook)
-    assert shown.name == hook
-    assert ast.unparse(shown.args) == ast.unparse(specified.args)
-    assert shown.returns
-    assert specified.returns
-    assert ast.unparse(shown.returns) == ast.unparse(specified.returns)
+@pytest.mark.parametrize("kind", undocumented())
+def test_everything_is_documented(kind: str) -> None:
+    assert undocumented()[kind] == []
 
 
 def test_hooks_are_listed_in_order_with_version_and_phase() -> None:
     text = (DOCS / "reference/hooks.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \| (\d+) \| (\w+) \|", text, flags=re.MULTILINE)
-    assert rows == [(spec.name, str(spec.version), spec.phase.value) for spec in HOOKS.values()]
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\(hooks/(\w+)\.md\) \| (\d+) \| (\w+) \|", text, flags=re.MULTILINE
+    )
+    assert rows == [
+        (one.name, one.name, str(one.version), one.phase.value) for one in HOOKS.values()
+    ]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hooks_page_begins_with_its_specification(hook: str) -> None:
+    pages = {path.stem: (path, text) for path, text in hook_pages.pages()}
+    path, text = pages[hook]
+    assert path.read_text(encoding="utf-8") == text, "run: python -m tests.docs.hook_pages"
+
+
+def test_every_page_of_a_hook_has_its_hook() -> None:
+    assert {path.stem for path in hook_pages.FOLDER.iterdir()} == set(HOOKS)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hooks_contract_speaks_of_everything(hook: str) -> None:
+    text = hook_pages.page_of(hook).read_text(encoding="utf-8")
+    written = hook_pages.sections(text)
+    assert tuple(written) == hook_pages.SECTIONS
+    assert f"\n| {HOOKS[hook].version} |" in written["Versions"]
+    assert "```python\n" in written["Example"]
+    assert hook in written["Example"] or "decide_by_authority" in written["Example"]
+    for name in re.findall(r"^\| `(\w+)`", written["Errors"], flags=re.MULTILINE):
+        assert issubclass(getattr(errors, name), errors.MortiseError)
+    contract = hook_pages.written_by_hand(text).partition("## Example")[0]
+    for parameter in inspect.signature(getattr(hooks, hook)).parameters:
+        assert parameter in re.findall(r"\w+", contract), f"the contract is silent on {parameter}"
+
+
+def test_the_page_of_the_records_is_what_authors_import() -> None:
+    shown = records_page.PAGE.read_text(encoding="utf-8")
+    remedy = "run: python -m tests.docs.records_page > docs/reference/records.md"
+    assert shown == records_page.page(), remedy
+    things = [thing for some in records_page.exported().values() for thing in some]
+    assert shown.count("\n### ") == len(things)
+
+
+def test_the_page_of_the_manifest_is_what_the_model_says() -> None:
+    shown = manifest_page.PAGE.read_text(encoding="utf-8")
+    remedy = "run: python -m tests.docs.manifest_page > docs/reference/manifest.md"
+    assert shown == manifest_page.page(), remedy
+
+
+@pytest.mark.parametrize("key", manifest_page.EXAMPLES)
+def test_the_example_of_a_manifest_key_is_valid(key: str) -> None:
+    (example,) = tomllib.loads(manifest_page.EXAMPLES[key]).items()
+    table, _, name = key.rpartition(".")
+    assert example[0] == name
+    given = {"schema": 1, "name": "toy", "summary": "a toy", "engine": ">=0.1"}
+    given |= {"object": "toy:Toy", "implements": {"qkv_split": 1}, "status_reason": "of course"}
+    Manifest.model_validate(given | ({table: dict([example])} if table else dict([example])))
+
+
+def test_every_key_of_a_manifest_has_an_example() -> None:
+    assert set(manifest_page.EXAMPLES) == {row.key for row in manifest_page.manifest_rows()}
 
 
 def test_every_package_is_on_the_page_of_the_architecture() -> None:

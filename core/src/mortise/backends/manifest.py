@@ -48,7 +48,15 @@ def _check_pattern(text: str) -> str:
 
 
 class ManifestCapabilities(BaseModel):
-    """What the backend can serve at most; binding says what it serves here."""
+    """What the backend can serve at most; binding says what it serves here.
+
+    Args:
+        schemes: schemes of weights.
+        dispatch_dtypes: formats of dispatched rows.
+        compute_dtypes: dtypes of the hidden state, as torch names them.
+        page_sizes: tokens per cache page.
+        emulation: whether it can compute what its chip computes on a machine without one.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,6 +77,7 @@ class Manifest(BaseModel):
         object: ``package.module:Class`` of the backend class; imported only when it was chosen.
         engine: versions of the core it works with, as a Python version specifier.
         status: whether it serves; ``planned`` is listed but refused, with ``status_reason``.
+        status_reason: why a planned backend does not serve; shown with its row.
         implements: version of each hook it answers; the reference answers the others.
         devices: paths of device nodes, as shell patterns; one must exist for ``auto`` to look
             further. Empty: it needs no device.
@@ -76,6 +85,7 @@ class Manifest(BaseModel):
         capabilities: what it can serve at most.
         gaps: what it knowingly does not do.
         docs: where to read more.
+        conformance: name of the file beside this one that holds what the conformance kit found.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,6 +103,7 @@ class Manifest(BaseModel):
     capabilities: ManifestCapabilities = ManifestCapabilities()
     gaps: tuple[str, ...] = ()
     docs: str = ""
+    conformance: str = Field(default="", pattern=r"^([\w-]+\.json)?$")
 
     @model_validator(mode="after")
     def _check_status(self) -> Self:
@@ -123,7 +134,7 @@ def _invalid(complaints: list[str]) -> BackendUnusableError:
     return BackendUnusableError(
         "the manifest is wrong: " + "; ".join(complaints),
         reason=ReasonCode.MANIFEST_INVALID,
-        remedy="mend backend.toml; its fields are described in docs/how-to/write-a-backend.md",
+        remedy="mend backend.toml; its fields are described in docs/reference/manifest.md",
     )
 
 

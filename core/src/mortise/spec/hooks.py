@@ -59,6 +59,10 @@ def resolve_dispatch_dtype(request: DispatchRequest) -> DispatchDecision:
     Authority: the user's override; the expert method; the kernel runner when it quantises by
     itself; the device's default. A value that ``request.accepted`` lacks is an error.
 
+    Args:
+        request: who asks, the user's override, the schemes of the weights, and the formats that the
+            layer's experts can consume.
+
     Returns:
         A :class:`DispatchDecision`: printable, depends on nothing but ``request``.
     """
@@ -71,6 +75,11 @@ def prepare_expert_weights(experts: ExpertWeights, decision: DispatchDecision) -
 
     Idempotent: preparing prepared weights gives the same. The stored tensors may be consumed
     (their memory reused) only if ``prepared`` holds everything ``quantized_moe_apply`` needs.
+
+    Args:
+        experts: ``w13`` ``[E_l, 2I, H]``, gate over up, and ``w2`` ``[E_l, H, I]``, each stored by a
+            scheme of its own.
+        decision: what ``resolve_dispatch_dtype`` answered for this layer and mode.
 
     Returns:
         ``experts`` with its ``prepared`` slot filled, or unchanged where nothing is to be done.
@@ -86,6 +95,9 @@ def prepare_linear_weight(linear: LinearWeight) -> LinearWeight:
     a prepared weight gives the same. The stored tensors may be consumed (their memory reused) only
     if ``prepared`` holds everything ``quantized_linear`` needs.
 
+    Args:
+        linear: a weight ``[N, K]`` of a quantised scheme, its bias ``[N]`` or None.
+
     Returns:
         ``linear`` with its ``prepared`` slot filled, or unchanged where nothing is to be done.
     """
@@ -97,6 +109,10 @@ def create_token_dispatcher(
     request: TokenDispatcherRequest,
 ) -> TokenDispatcher | Literal[NotSupported.NOT_SUPPORTED]:
     """Make the device's own expert-parallel exchange, where it has one.
+
+    Args:
+        request: experts, sizes, ranks, mode, and the format that was decided for this layer and
+            mode.
 
     Returns:
         A :class:`TokenDispatcher`, or ``NOT_SUPPORTED``: then the core's portable one is used.
@@ -159,6 +175,12 @@ def quantized_moe_apply(
     Results are multiplied by routing weights only where ``tokens.routing_weight_side`` says that
     the experts do it. Rows past the last group are undefined and are not read; a group may be
     empty, one expert may hold all rows, R may be 0.
+
+    Args:
+        tokens: rows ``[R, H]`` (grouped) or ``[E_l, capacity, H]`` (masked), their scales, and a
+            group list.
+        experts: this layer's weights, prepared.
+        out_dtype: dtype of the result.
 
     Returns:
         Rows in the layout of ``tokens.rows``, dtype ``out_dtype``; may not alias the input.
