@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.fixtures.drafted_models import save_drafted
 from tests.fixtures.paged_models import reference_ops
 from tests.fixtures.tiny_models import save_tiny
 
 from mortise import LLM, EngineConfig, SamplingParams
 from mortise.checkpoint.quantization.module_scheme import ModuleScheme
-from mortise.engine import loading
+from mortise.engine import binding
 from mortise.layers.linear import QuantizedLinear
 from mortise.layers.stored_tensors import StoredTensors
 from mortise.spec.dispatch import DispatchDecision, TokenDispatcherRequest
 from mortise.spec.hooks import HOOKS
-from mortise.spec.roles import ForwardMode, Phase
+from mortise.spec.roles import ForwardMode, ModelRole, Phase
 from mortise.spec.weights import WeightScheme
 
 if TYPE_CHECKING:
@@ -61,16 +62,25 @@ class Recorder:
         return [HOOKS[name].phase for name in self.names]
 
 
-def generate_text(model: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill and decode through the engine."""
-    load = loading.load_backend
+def generate_text(
+    model: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, num_drafts: int = 0
+) -> None:
+    """Prefill and decode through the engine, or draft and verify."""
+    load = binding.load_backend
 
     def recording(*arguments: Any, **options: Any) -> BoundBackend:
         bound = load(*arguments, **options)
         return replace(bound, ops=recorder.wrap(bound.ops))
 
-    monkeypatch.setattr(loading, "load_backend", recording)
-    llm = LLM(EngineConfig(model=str(model), dtype="float32", cache={"max_num_tokens": 128}))
+    monkeypatch.setattr(binding, "load_backend", recording)
+    llm = LLM(
+        EngineConfig(
+            model=str(model),
+            dtype="float32",
+            cache={"max_num_tokens": 128},
+            draft={"num_tokens": num_drafts},
+        )
+    )
     llm.generate([list(range(PROMPT_LEN))], SamplingParams(max_tokens=3, ignore_eos=True))
 
 
@@ -133,6 +143,23 @@ def test_every_pass_is_planned_once(recorder: Recorder) -> None:
     plans = recorder.names.count("paged_mqa_metadata")
     assert plans == len(recorder.modes) == 3  # the prompt, and two tokens after the first
     assert recorder.names.count("paged_mqa_logits") == plans * 3  # layers
+
+
+def test_every_pass_of_a_step_with_drafts_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the modes is forgotten, of either model; and both are bound and asked apart."""
+    recorder = Recorder()
+    generate_text(save_drafted(tmp_path), recorder, monkeypatch, num_drafts=2)
+    step = [ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND]
+    first = [ForwardMode.PREFILL, ForwardMode.PREFILL]
+    assert recorder.modes[:5] == first + step
+    assert recorder.modes[2:] == step * (len(recorder.modes[2:]) // 3)
+    assert [request.role for request in recorder.exchanges] == [
+        ModelRole.MAIN,
+        ModelRole.MAIN,
+        ModelRole.DRAFT,
+    ]
 
 
 def test_a_projection_is_prepared_with_its_weights_and_multiplied_in_every_pass() -> None:
