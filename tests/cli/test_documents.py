@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mortise.backends.verdict import ConformanceVerdict, EndedCheck, LevelCounts, WorstError
 from mortise.cli import eval_schemes
+from mortise.conformance import session
 from mortise.reference.backend import ReferenceBackend
 from mortise.spec.warmup import WarmupJob
 from tests.cli.command_line import mortise
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-NAMED_BY_USERS = {"hooks", "configuration"}
+NAMED_BY_USERS = {"hooks", "configuration", "options", "levels", "worst"}
 """Objects whose keys are names, not fields."""
 
 
@@ -93,6 +95,27 @@ def test_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_new_plugin(tmp_path: Path) -> None:
     arguments = ("new-plugin", "my_chip", "--output", tmp_path / "new", "--json")
     assert_documented("new-plugin", mortise(*arguments).document)
+
+
+def test_conformance(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = ConformanceVerdict(
+        kit=1,
+        core="0.1.0",
+        backend="toy",
+        distribution="mortise-toy",
+        version="0.1.0",
+        date="2026-11-22",
+        hooks={"qkv_split": 1},
+        options={"num_workers": 2},
+        levels={"host": LevelCounts(passed=1)},
+        worst={"qkv_split": WorstError(error=0.0, tolerance=0.1)},
+        skipped=(EndedCheck(check="one", reason="not here"),),
+        failed=(EndedCheck(check="other", reason="wrong"),),
+    )
+    monkeypatch.setattr(session, "run_conformance", lambda *_arguments: verdict)
+    outcome = mortise("conformance", "toy", "--json")
+    assert outcome.code == 1
+    assert_documented("conformance", json.loads(outcome.stdout))
 
 
 def test_eval(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

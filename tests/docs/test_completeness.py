@@ -11,13 +11,14 @@ import pytest
 from mortise import env, errors
 from mortise.backends.manifest import Manifest
 from mortise.cli import command_tree
+from mortise.conformance import CHECKS
 from mortise.models.registry import FAMILIES
 from mortise.spec import hooks
 from mortise.spec.hooks import HOOKS
 from mortise.spec.reasons import ReasonCode
 from mortise_cuda_common import environment as cuda_common_environment
 from mortise_npu_ascend import environment as npu_ascend_environment
-from tests.docs import cli_page, hook_pages, manifest_page, records_page
+from tests.docs import cli_page, conformance_page, hook_pages, manifest_page, records_page
 from tests.docs.completeness import undocumented
 from tests.docs.pages import DOCS, REPOSITORY
 
@@ -157,3 +158,11 @@ def test_every_page_that_a_message_names_exists() -> None:
     named = {page for text in texts for page in re.findall(r"docs/[\w/-]+\.md", text)}
     assert named
     assert {page for page in named if not (REPOSITORY / page).is_file()} == set()
+
+
+def test_every_check_of_the_conformance_kit_is_documented() -> None:
+    shown = conformance_page.PAGE.read_text(encoding="utf-8")
+    remedy = "run: python -m tests.docs.conformance_page > docs/reference/conformance.md"
+    assert shown == conformance_page.page(), remedy
+    assert all(f"| `{check.name}` |" in shown and check.asks.endswith(".") for check in CHECKS)
+    assert len({check.name for check in CHECKS}) == len(CHECKS)

@@ -165,6 +165,8 @@ def test_no_verb_of_the_program_writes(tiny_model: Path, tmp_path: Path) -> None
         "quantize": [str(tmp_path / "quantised"), "--scheme", "fp8-block", *model],
         "warmup": model,
         "backends": [],
+        "conformance": ["reference", "--level", "host"],
+        "new-plugin": ["my_chip", "--output", str(tmp_path / "my-chip")],
         "doctor": [],
     }
     present = command_tree().commands

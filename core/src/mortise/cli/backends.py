@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mortise.backends import Candidate
+    from mortise.backends.verdict import ConformanceVerdict
 
 
 @click.command(short_help="List the installed backends.")
@@ -41,7 +42,7 @@ def backends(probe: bool, as_json: bool) -> None:
 
 def backend_fields(row: Candidate) -> dict[str, Any]:
     """One backend as JSON."""
-    manifest = row.manifest
+    manifest, verdict = row.manifest, shown_verdict(row)
     return {
         "name": row.name,
         "distribution": row.distribution,
@@ -57,6 +58,7 @@ def backend_fields(row: Candidate) -> dict[str, Any]:
         "hooks": {} if manifest is None else dict(manifest.implements),
         "emulation": None if manifest is None else manifest.capabilities.emulation,
         "gaps": [] if manifest is None else list(manifest.gaps),
+        "conformance": None if isinstance(verdict, str | None) else verdict.in_words(),
         "manifest": row.manifest_path,
         "location": row.location,
     }
@@ -97,10 +99,34 @@ def hooks_text(row: Candidate) -> str:
 
 def remarks(row: Candidate) -> list[str]:
     """Why a backend cannot be used, what to do, and other news."""
-    lines = list(row.notes)
+    lines = [*row.notes, *said_of_conformance(row)]
     if row.reason is None and row.explanation:
         lines.insert(0, row.explanation)
     if row.reason is not None:
         remedy = f"\n  remedy: {row.remedy}" if row.remedy else ""
         lines.insert(0, f"{row.explanation}{remedy}")
     return lines
+
+
+def shown_verdict(row: Candidate) -> ConformanceVerdict | str | None:
+    """The verdict that the distribution ships, or why it cannot be read, if it ships one."""
+    from mortise.backends.verdict import shipped_verdict
+    from mortise.errors import ConfigError
+
+    try:
+        return shipped_verdict(row)
+    except ConfigError as error:
+        return error.what
+
+
+def said_of_conformance(row: Candidate) -> list[str]:
+    """What the conformance kit found, and for what else than what is installed."""
+    from mortise.backends.verdict import differences_of
+
+    verdict = shown_verdict(row)
+    if verdict is None:
+        return []
+    if isinstance(verdict, str):
+        return [verdict]
+    others = differences_of(verdict, row)
+    return [verdict.in_words() + (f" (it was for {', '.join(others)})" if others else "")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mortise.cli.backends import backends
+from mortise.cli.conformance import conformance
 from mortise.cli.doctor import doctor
 from mortise.cli.eval import evaluate
 from mortise.cli.explain import explain
@@ -41,5 +42,6 @@ mortise.add_command(explain)
 mortise.add_command(doctor)
 mortise.add_command(evaluate)
 mortise.add_command(quantize)
+mortise.add_command(conformance)
 mortise.add_command(warmup)
 mortise.add_command(new_plugin)

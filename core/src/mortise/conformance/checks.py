@@ -1,0 +1,45 @@
+"""Every check of the kit, in the order in which they are asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mortise.conformance import expert_checks
+from mortise.conformance.records import Check, Item, Level
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mortise.conformance.subject import Subject
+
+CHECKS: Final[tuple[Check, ...]] = (*expert_checks.CHECKS,)
+
+
+def items(subject: Subject, level: Level) -> Iterator[Item]:
+    """The checks of one level with the cases that the backend's declarations ask for.
+
+    A check that does not apply is one item, whose run says why.
+    """
+    for check in CHECKS:
+        if check.level is level:
+            yield from _items_of(subject, check)
+
+
+def _items_of(subject: Subject, check: Check) -> Iterator[Item]:
+    cases = None if check.cases is None else _cases(subject, check)
+    if not cases:
+        yield Item(check=check)
+        return
+    for case in cases:
+        yield Item(check=check, case=case)
+
+
+def _cases(subject: Subject, check: Check) -> list[object]:
+    assert check.cases is not None
+    try:
+        if check.hook is not None:
+            subject.require_hook(check.hook)
+        return list(check.cases(subject.capabilities))
+    # Whatever is wrong, another check says so; this one says that it was not asked.
+    except Exception:
+        return []
