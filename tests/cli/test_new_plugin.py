@@ -46,7 +46,8 @@ def test_it_tells_people_what_to_do_next(tmp_path: Path, monkeypatch: pytest.Mon
     outcome = mortise("new-plugin", "my_chip")
     lines = [line.strip() for line in outcome.stdout.splitlines()]
     assert lines[0] == f"{tmp_path / 'mortise-my-chip'}:"
-    assert f"pip install --editable {tmp_path / 'mortise-my-chip'}" in lines
+    assert f"cd {tmp_path / 'mortise-my-chip'}" in lines
+    assert "pip install --editable . --group test" in lines
     assert "mortise conformance my_chip" in lines
 
 

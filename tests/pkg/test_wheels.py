@@ -8,15 +8,15 @@ import sys
 import tomllib
 import zipfile
 from email.parser import Parser
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PROJECTS = (
-    REPOSITORY / "core",
-    *sorted(path.parent for path in REPOSITORY.glob("plugins/*/pyproject.toml")),
-)
+from tests.pkg.installation import PROJECTS, REPOSITORY, pip
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 PACKAGES = {
     "mortise_core": "mortise",
     "mortise_npu_ascend": "mortise_npu_ascend",
@@ -32,27 +32,6 @@ sys.path.insert(0, sys.argv[1])
 from mortise.backends.discover import discover_backends
 print(json.dumps({row.name: [row.location, row.version] for row in discover_backends()}))
 """
-
-
-def pip(*arguments: str | Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "-q",
-        *map(str, arguments),
-    ]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert outcome.returncode == 0, outcome.stderr
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheel of each distribution, by its normalised name."""
-    directory = tmp_path_factory.mktemp("wheels")
-    pip("wheel", "--no-deps", "--wheel-dir", directory, *PROJECTS)
-    return {path.name.split("-")[0]: path for path in directory.glob("*.whl")}
 
 
 def files_in(wheel: Path) -> list[str]:
@@ -105,6 +84,41 @@ def test_the_core_brings_the_built_in_model(wheels: dict[str, Path]) -> None:
         )
     assert any(file.endswith(".safetensors") for file in files)
     assert wheels["mortise_core"].stat().st_size < 30 * 1024 * 1024
+
+
+def test_the_core_brings_what_authors_of_backends_need(wheels: dict[str, Path]) -> None:
+    files = set(files_in(wheels["mortise_core"]))
+    sources = REPOSITORY / "core" / "src"
+    for folder in ("conformance", "recording", "scaffold", "testing"):
+        wanted = {
+            path.relative_to(sources).as_posix()
+            for path in (sources / "mortise" / folder).rglob("*")
+            if path.is_file() and path.suffix != ".pyc"
+        }
+        assert wanted
+        assert wanted <= files
+    assert any(name.endswith("/pyproject.toml.template") for name in files)
+    metadata = Parser().parsestr(text_in(wheels["mortise_core"], "METADATA"))
+    assert "conformance" in metadata.get_all("Provides-Extra", [])
+
+
+@pytest.mark.parametrize(
+    ("distribution", "manifest"),
+    [
+        ("mortise_toy", "mortise_toy/backend.toml"),
+        ("mortise_fresh_chip", "mortise_fresh_chip/backend.toml"),
+    ],
+)
+def test_a_wheel_of_others_holds_its_manifest_and_no_tests(
+    third_party: dict[str, Path], distribution: str, manifest: str
+) -> None:
+    files = files_in(third_party[distribution])
+    assert manifest in files
+    assert f"{distribution}/py.typed" in files
+    assert {name.split("/")[0] for name in files} == {
+        distribution,
+        f"{distribution}-0.1.0.dist-info",
+    }
 
 
 def test_installed_backends_are_listed(wheels: dict[str, Path], tmp_path: Path) -> None:

@@ -107,34 +107,34 @@ def run_layer(ops: Ops) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("toy")
-def test_it_runs_the_experts_and_counts_their_rows() -> None:
-    bound = load_backend("toy", role=ModelRole.MAIN)
-    reference = load_backend("reference", role=ModelRole.MAIN)
-    assert torch.equal(run_layer(bound.ops), run_layer(reference.ops))
-    assert bound.backend.rows == {LAYER: TOKENS * CHOSEN}
-
-
-@pytest.mark.usefixtures("toy")
-def test_its_roles_count_apart() -> None:
-    main = load_backend("toy", role=ModelRole.MAIN)
-    draft = load_backend("toy", role=ModelRole.DRAFT)
-    run_layer(draft.ops)
-    assert main.backend.rows == {}
-    assert draft.backend.rows == {LAYER: TOKENS * CHOSEN}
+@pytest.mark.parametrize("columns", [1, 3])
+def test_its_sums_are_its_own(columns: int) -> None:
+    own = run_layer(load_backend("toy", role=ModelRole.MAIN, options={"columns": columns}).ops)
+    expected = run_layer(load_backend("reference", role=ModelRole.MAIN).ops)
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(own, expected), "it added in another order"
 
 
 @pytest.mark.usefixtures("toy")
 def test_it_leaves_seven_hooks_to_the_reference() -> None:
-    bound = load_backend("toy", role=ModelRole.MAIN, options={"num_workers": 2})
+    bound = load_backend("toy", role=ModelRole.MAIN)
     assert len(bound.fallbacks) == 7
-    assert bound.ops.capabilities.num_workers == 2
     assert bound.row.manifest_path == str(TOY / "src" / "mortise_toy" / "backend.toml")
 
 
 @pytest.mark.usefixtures("toy")
-def test_it_checks_its_options() -> None:
-    with pytest.raises(ConfigError, match="num_workers is 'many'"):
-        load_backend("toy", role=ModelRole.MAIN, options={"num_workers": "many"})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": "many"}, "columns is 'many'"),
+        ({"columns": 0}, "columns is 0"),
+        ({"columns": True}, "columns is True"),
+        ({"colums": 4}, "unknown options: colums"),
+    ],
+)
+def test_it_checks_its_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_backend("toy", role=ModelRole.MAIN, options=options)
 
 
 @pytest.mark.usefixtures("toy")
@@ -158,7 +158,7 @@ def test_it_says_which_layers_it_serves(scheme: WeightScheme) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["pyproject.toml", "src/mortise_toy/backend.toml", "src/mortise_toy/backend.py"]
+    "file", ["src/mortise_toy/backend.toml", "src/mortise_toy/backend.py"]
 )
 def test_the_page_shows_the_example_as_it_is(file: str) -> None:
     shown = {block.title: block.text for block in blocks_of(DOCS / "how-to/write-a-backend.md")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,8 @@ def _show(plan: PluginPlan, directory: Path, written: list[str]) -> None:
         *(f"  {path}" for path in written),
         "",
         "Install it, find it in the list, judge it:",
-        f"  pip install --editable {directory}",
+        f"  cd {shlex.quote(str(directory))}",
+        "  pip install --editable . --group test",
         "  mortise backends",
         f"  mortise conformance {plan.name}",
     ]

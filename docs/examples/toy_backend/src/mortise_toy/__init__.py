@@ -1,1 +1,1 @@
-"""A backend to copy from."""
+"""A backend to copy from; importing this imports nothing else."""

@@ -1,73 +1,86 @@
-"""A backend that runs the experts as the reference does, and counts their rows."""
+"""A backend that runs unquantised experts with sums of its own; the reference does the rest."""
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from mortise.plugin import (
     Backend,
-    BindContext,
     Capabilities,
     ConfigError,
-    DispatchDecision,
     DispatchDtype,
-    DispatchedTokens,
-    ExpertLayerRequest,
-    ExpertWeights,
     Support,
     WeightScheme,
     hookimpl,
 )
-from mortise.reference import moe
+from mortise_toy.experts import block_weights, run_experts
+
+if TYPE_CHECKING:
+    from mortise.plugin import (
+        BindContext,
+        DispatchDecision,
+        DispatchedTokens,
+        ExpertLayerRequest,
+        ExpertWeights,
+    )
 
 
 class ToyBackend(Backend):
-    """Counts the rows that each layer's experts were given; made once per model role."""
+    """One object per model role; what it keeps, it keeps on itself.
 
-    def __init__(self, device: torch.device, num_workers: int) -> None:
-        self.device = device
-        self.num_workers = num_workers
-        self.rows: Counter[str] = Counter()
+    Args:
+        device: where its tensors live.
+        columns: columns that are multiplied before their sum is added with compensation.
+    """
+
+    def __init__(self, device: torch.device, columns: int) -> None:
+        self._device = device
+        self._columns = columns
 
     @classmethod
     def create(cls, context: BindContext) -> ToyBackend:
         """Check the options; a vendor's library would be imported here."""
-        num_workers = context.options.get("num_workers", 1)
-        if not isinstance(num_workers, int) or num_workers < 1:
-            raise ConfigError(f"num_workers is {num_workers!r}", expected="a number from 1")
-        return cls(torch.device(context.device or "cpu"), num_workers)
+        options = dict(context.options)
+        columns = options.pop("columns", 64)
+        if options:
+            raise ConfigError(f"unknown options: {', '.join(sorted(options))}", expected="columns")
+        # True is an int to Python, and no number to a reader.
+        if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
+            raise ConfigError(f"columns is {columns!r}", expected="an integer of at least 1")
+        return cls(torch.device(context.device or "cpu"), columns)
 
     def capabilities(self) -> Capabilities:
         """What it serves here."""
         return Capabilities(
-            device=self.device,
+            device=self._device,
             emulated=False,
             schemes=frozenset({WeightScheme.FLOAT}),
             dispatch_dtypes=frozenset({DispatchDtype.FP32, DispatchDtype.BF16}),
             compute_dtypes=(torch.bfloat16, torch.float32),
             page_sizes=frozenset({64}),
-            num_workers=self.num_workers,
+            num_workers=1,
         )
 
     def supports(self, request: ExpertLayerRequest) -> Support:
         """Take layers of unquantised experts."""
-        schemes = {request.scheme_w13, request.scheme_w2}
-        ok = schemes == {WeightScheme.FLOAT}
-        return Support(ok=ok, reason="" if ok else f"its experts are {', '.join(schemes)}")
+        quantised = {request.scheme_w13, request.scheme_w2} - {WeightScheme.FLOAT}
+        if not quantised:
+            return Support(ok=True)
+        return Support(ok=False, reason=f"its experts are {', '.join(sorted(quantised))}")
 
     @hookimpl
     def prepare_expert_weights(
         self, experts: ExpertWeights, decision: DispatchDecision
     ) -> ExpertWeights:
-        """Leave the weights as they are; a chip would lay them out for its kernel."""
-        return moe.prepare_expert_weights(experts, decision)
+        """Lay the weights out in blocks of columns, once."""
+        return replace(experts, prepared=block_weights(experts, self._columns))
 
     @hookimpl
     def quantized_moe_apply(
         self, tokens: DispatchedTokens, experts: ExpertWeights, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        """Count the rows and hand them to the reference; a chip would run its kernel."""
-        self.rows[experts.layer] += tokens.rows.shape[0]
-        return moe.quantized_moe_apply(tokens, experts, out_dtype)
+        """Multiply block by block; a chip would launch its kernel."""
+        return run_experts(tokens, experts, out_dtype)
