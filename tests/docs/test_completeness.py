@@ -20,7 +20,7 @@ from mortise_cuda_common import environment as cuda_common_environment
 from mortise_npu_ascend import environment as npu_ascend_environment
 from tests.docs import cli_page, conformance_page, hook_pages, manifest_page, records_page
 from tests.docs.completeness import undocumented
-from tests.docs.pages import DOCS, REPOSITORY
+from tests.docs.pages import DOCS, REPOSITORY, pages
 
 
 def first_cells(page: str) -> list[str]:
@@ -166,3 +166,17 @@ def test_every_check_of_the_conformance_kit_is_documented() -> None:
     assert shown == conformance_page.page(), remedy
     assert all(f"| `{check.name}` |" in shown and check.asks.endswith(".") for check in CHECKS)
     assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_every_source_that_a_page_names_exists() -> None:
+    """Pages name sources by their path below the repository, the package, or the tests."""
+    roots = [REPOSITORY, *(REPOSITORY / root for root in ("core/src", "core/src/mortise", "tests"))]
+    packages = {path.name for path in (REPOSITORY / "core/src/mortise").iterdir() if path.is_dir()}
+    first = "|".join(sorted({"mortise", "core", "plugins", "fixtures", *packages}))
+    named = {
+        (page.relative_to(REPOSITORY).as_posix(), path)
+        for page in pages()
+        for path in re.findall(rf"`((?:{first})/[\w/]+\.py)`", page.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert not [one for one in named if not any((root / one[1]).is_file() for root in roots)]

@@ -1,4 +1,4 @@
-"""Pictures are described in words, stand alone, and name hooks that exist."""
+"""Pictures are described in words, stand alone, and name hooks and codes that exist."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mortise.spec.hooks import HOOKS
+from mortise.spec.reasons import ReasonCode
 from tests.docs.pages import DOCS, pages
 
 if TYPE_CHECKING:
@@ -29,11 +30,21 @@ def test_a_picture_is_described_and_stands_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DRAWN_BY_HAND, ids=lambda path: path.stem)
-def test_a_picture_names_hooks_that_exist(path: Path) -> None:
-    texts = [text.text or "" for text in ET.parse(path).getroot().iter(f"{SVG}text")]
-    named = {text for text in texts if "_" in text and " " not in text}
+def test_a_picture_names_hooks_and_reason_codes_that_exist(path: Path) -> None:
+    named = names_in(path)
     assert named
-    assert named <= set(HOOKS)
+    assert named <= {*HOOKS, *ReasonCode}
+
+
+def test_the_life_of_a_backend_can_fail_as_every_code() -> None:
+    well = {ReasonCode.SELECTED, ReasonCode.NOT_SELECTED}
+    assert names_in(DOCS / "explanation/life-of-a-backend.svg") == set(ReasonCode) - well
+
+
+def names_in(path: Path) -> set[str]:
+    """Texts of a picture that are one word with underscores, and the reason code that has none."""
+    texts = {text.text or "" for text in ET.parse(path).getroot().iter(f"{SVG}text")}
+    return {text for text in texts if ("_" in text and " " not in text) or text in set(ReasonCode)}
 
 
 def test_every_picture_is_shown() -> None:

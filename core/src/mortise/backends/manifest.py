@@ -72,10 +72,12 @@ class Manifest(BaseModel):
 
     Args:
         schema: version of this format, 1.
-        name: the backend's name, which is also the name of its entry point.
-        summary: one line for the table.
+        name: the backend's name, which is also the name of its entry point: lower-case letters,
+            digits, underscores.
+        summary: one line for the table of ``mortise backends``.
         object: ``package.module:Class`` of the backend class; imported only when it was chosen.
-        engine: versions of the core it works with, as a Python version specifier.
+        engine: versions of the core it works with, as a Python version specifier; pre-releases are
+            admitted, a local version is ignored.
         status: whether it serves; ``planned`` is listed but refused, with ``status_reason``.
         status_reason: why a planned backend does not serve; shown with its row.
         implements: version of each hook it answers; the reference answers the others.
