@@ -42,79 +42,100 @@ OPTIONS_OF_A_DRAFT: Final = MappingProxyType(
 
 def configuration_options(command: Command) -> Command:
     """Add the options that describe an engine."""
-    for add in reversed(
-        [
-            click.option(
-                "--model",
-                metavar="PATH",
-                help="Model directory in the Hugging Face layout.  [default: builtin]",
-            ),
-            click.option(
-                "--backend",
-                metavar="NAME",
-                help="Installed backend, or auto; see `mortise backends`.  [default: reference]",
-            ),
-            click.option("--device", metavar="TEXT", help="Device, in the backend's own words."),
-            click.option(
-                "--dtype",
-                metavar="auto|bfloat16|float32",
-                help="Type of the hidden state; auto is what the checkpoint says.",
-            ),
-            click.option(
-                "--dispatch-dtype",
-                metavar="auto|bf16|fp8|int8|nvfp4",
-                help="Format in which tokens travel to the experts.",
-            ),
-            click.option(
-                "--draft",
-                type=int,
-                metavar="K",
-                help="Tokens that the model's multi-token prediction layer drafts a step; 0 drafts"
-                " none.  [default: 0]",
-            ),
-            click.option(
-                "--draft-model",
-                metavar="PATH",
-                help="Model directory whose multi-token prediction layer drafts."
-                "  [default: the model's own]",
-            ),
-            click.option(
-                "--draft-quantization",
-                metavar="auto|none",
-                help="How the draft model is quantised: auto is as its checkpoint says, none is"
-                " not at all.",
-            ),
-            click.option(
-                "--draft-dispatch-dtype",
-                metavar="auto|bf16|fp8|int8|nvfp4",
-                help="Format in which tokens travel to the draft model's experts.",
-            ),
-            click.option("--threads", type=int, help="Threads of one operation on the processor."),
-            click.option(
-                "--strict",
-                is_flag=True,
-                default=None,
-                help="Make it an error when the reference stands in for a hook.",
-            ),
-            click.option(
-                "--set",
-                "settings",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="Any key of the configuration, as in a file: --set"
-                " dispatch.low_latency_dtype=bf16. May be given repeatedly.",
-            ),
-            click.option(
-                "--config",
-                "config_path",
-                metavar="FILE",
-                help="Engine configuration in TOML; the options here go before it."
-                "  [default: $MORTISE_CONFIG]",
-            ),
-        ]
-    ):
-        command = add(command)
-    return command
+    return configuration_options_but()(command)
+
+
+def configuration_options_but(*left_out: str) -> Callable[[Command], Command]:
+    """As :func:`configuration_options`, for a verb that has some of them in a way of its own.
+
+    Args:
+        left_out: their names; whoever resolves the configuration sets them.
+    """
+
+    def add_all(command: Command) -> Command:
+        for name, add in reversed(_configuration_options().items()):
+            if name not in left_out:
+                command = add(command)
+        return command
+
+    return add_all
+
+
+def _configuration_options() -> dict[str, Callable[[Any], Any]]:
+    """Each option by the name of its parameter, in the order in which help shows them."""
+    return {
+        "model": click.option(
+            "--model",
+            metavar="PATH",
+            help="Model directory in the Hugging Face layout.  [default: builtin]",
+        ),
+        "backend": click.option(
+            "--backend",
+            metavar="NAME",
+            help="Installed backend, or auto; see `mortise backends`.  [default: reference]",
+        ),
+        "device": click.option(
+            "--device", metavar="TEXT", help="Device, in the backend's own words."
+        ),
+        "dtype": click.option(
+            "--dtype",
+            metavar="auto|bfloat16|float32",
+            help="Type of the hidden state; auto is what the checkpoint says.",
+        ),
+        "dispatch_dtype": click.option(
+            "--dispatch-dtype",
+            metavar="auto|bf16|fp8|int8|nvfp4",
+            help="Format in which tokens travel to the experts.",
+        ),
+        "draft": click.option(
+            "--draft",
+            type=int,
+            metavar="K",
+            help="Tokens that the model's multi-token prediction layer drafts a step; 0 drafts"
+            " none.  [default: 0]",
+        ),
+        "draft_model": click.option(
+            "--draft-model",
+            metavar="PATH",
+            help="Model directory whose multi-token prediction layer drafts."
+            "  [default: the model's own]",
+        ),
+        "draft_quantization": click.option(
+            "--draft-quantization",
+            metavar="auto|none",
+            help="How the draft model is quantised: auto is as its checkpoint says, none is"
+            " not at all.",
+        ),
+        "draft_dispatch_dtype": click.option(
+            "--draft-dispatch-dtype",
+            metavar="auto|bf16|fp8|int8|nvfp4",
+            help="Format in which tokens travel to the draft model's experts.",
+        ),
+        "threads": click.option(
+            "--threads", type=int, help="Threads of one operation on the processor."
+        ),
+        "strict": click.option(
+            "--strict",
+            is_flag=True,
+            default=None,
+            help="Make it an error when the reference stands in for a hook.",
+        ),
+        "settings": click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Any key of the configuration, as in a file: --set"
+            " dispatch.low_latency_dtype=bf16. May be given repeatedly.",
+        ),
+        "config_path": click.option(
+            "--config",
+            "config_path",
+            metavar="FILE",
+            help="Engine configuration in TOML; the options here go before it."
+            "  [default: $MORTISE_CONFIG]",
+        ),
+    }
 
 
 def json_option(command: Command) -> Command:

@@ -148,7 +148,8 @@ def decode(value: Any, read: ReadTensor) -> Any:
             case {"pairs": [*pairs]}:
                 return {decode(one, read): decode(other, read) for one, other in pairs}
             case {"record": str(name), **own}:
-                return RECORDS[name](**{field: decode(one, read) for field, one in own.items()})
+                found = {str(field): decode(one, read) for field, one in own.items()}
+                return RECORDS[name](**found)
     except (KeyError, TypeError, ValueError) as error:
         raise RecordingError(
             f"a value of the recording cannot be read: {error}",

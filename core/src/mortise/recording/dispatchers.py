@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from mortise.recording.rows import PlainRows, counts_of, packed, row_places
 
 if TYPE_CHECKING:
+    import torch
+
     from mortise.recording.recorder import Recorder
     from mortise.spec.dispatch import (
         DispatchedTokens,
@@ -26,7 +26,9 @@ DISPATCH, COMBINE = "dispatch", "combine"
 class RecordedHandle:
     """The backend's handle, beside the tokens that it came with and the call that gave it."""
 
-    def __init__(self, handle: DispatchHandle, tokens: DispatchedTokens, number: int | None) -> None:
+    def __init__(
+        self, handle: DispatchHandle, tokens: DispatchedTokens, number: int | None
+    ) -> None:
         self.handle = handle
         self.tokens = tokens
         self.number = number
@@ -82,6 +84,7 @@ class RecordedDispatcher:
             "rows": plain.rows,
             "scales": plain.scales,
             "counts": plain.counts,
+            "side": tokens.routing_weight_side,
         }
         kept = recorder.add(
             number, DISPATCH, request.layer, request.role, arguments, answer, uses=self._made_by
@@ -94,9 +97,9 @@ class RecordedDispatcher:
         recorder, request, number = self._recorder, self._request, self._recorder.begin()
         arguments = None
         if recorder.keeps(COMBINE, request.layer, request.role, (rows_RH,), handle.number):
-            format = handle.tokens.format
-            places = row_places(counts_of(handle.tokens), format, rows_RH.shape)
-            arguments = {"rows": recorder.encoded(packed(rows_RH, places, format))}
+            sent_as = handle.tokens.format
+            places = row_places(counts_of(handle.tokens), sent_as, rows_RH.shape)
+            arguments = {"rows": recorder.encoded(packed(rows_RH, places, sent_as))}
         answer = self._dispatcher.combine(rows_RH, handle.handle)
         if arguments is not None:
             recorder.add(

@@ -37,7 +37,7 @@ class Recording:
             for name in header.files
             if name != CALLS_FILE
         }
-        self._places = {key: shard for shard in self._shards.values() for key in shard.keys()}  # noqa: SIM118
+        self._places = {key: shard for shard in self._shards.values() for key in _names(shard)}
 
     @classmethod
     def open(cls, path: Path) -> Recording:
@@ -78,7 +78,7 @@ class Recording:
         """One tensor, in memory of its own."""
         if name not in self._places:
             raise _damaged(self.path, f"tensor {name!r} is in none of its files")
-        found: torch.Tensor = self._places[name].get_tensor(name)
+        found: torch.Tensor = self._places[name].get_tensor(name)  # type: ignore[no-untyped-call]
         return found
 
     def value(self, encoded: Any) -> Any:
@@ -88,6 +88,10 @@ class Recording:
     def arguments(self, call: Call) -> dict[str, Any]:
         """All arguments of a call with their tensors."""
         return {name: self.value(one) for name, one in call.arguments.items()}
+
+
+def _names(shard: Any) -> list[str]:
+    return list(shard.keys())
 
 
 def _header(path: Path) -> Header:

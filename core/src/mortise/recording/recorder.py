@@ -132,14 +132,14 @@ class Recorder:
         """Whether a call is kept; if not, it is noted why.
 
         Args:
-            hook, layer, role: of the call.
+            hook: that is called.
+            layer: that calls it.
+            role: of the model.
             tensors: that it is asked with.
             uses: the earlier call that it builds on; None is one that was not kept, 0 none.
         """
         reason = None
-        if not (
-            self._sampling.has_pass(self.running.number) and self._sampling.has_layer(layer)
-        ):
+        if not (self._sampling.has_pass(self.running.number) and self._sampling.has_layer(layer)):
             reason = SAMPLE
         elif uses is None or not self._writer.room_for(one for one in tensors if one is not None):
             reason = SIZE
@@ -203,9 +203,7 @@ class Recorder:
 
     def remember_plan(self, metadata: PagedMQAMetadata, number: int) -> None:
         """Note which call made a schedule; the record is held, so that its identity is its own."""
-        self._planned = {id(metadata): (metadata, number)} | dict(
-            list(self._planned.items())[:8]
-        )
+        self._planned = {id(metadata): (metadata, number)} | dict(list(self._planned.items())[:8])
 
     def plan_of(self, metadata: PagedMQAMetadata) -> int | None:
         """Number of the call that made a schedule; None if it was not kept."""
@@ -374,9 +372,7 @@ class RecordedOps:
         answer = self._ops.paged_mqa_logits(query, key_pages, weights, page_table, metadata)
         if arguments is not None:
             visible = answer[:, : metadata.max_context_len]
-            recorder.add(
-                number, hook, layer, self._role, arguments, visible, uses=planned_by or 0
-            )
+            recorder.add(number, hook, layer, self._role, arguments, visible, uses=planned_by or 0)
         return answer
 
     def quantized_moe_apply(

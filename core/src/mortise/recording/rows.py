@@ -65,6 +65,10 @@ class PlainRows:
             kind=tokens.group_list_kind,
         )
 
+    def floats(self, format: DispatchFormat) -> torch.Tensor:
+        """The values of the rows, float32 ``[R, H]``."""
+        return dequantise_rows(self.rows, self.scales, format, torch.float32)
+
     def converted(self, found: DispatchFormat, wanted: DispatchFormat) -> PlainRows:
         """The same rows in the number format of another dispatch format, rounded once more.
 
@@ -73,9 +77,7 @@ class PlainRows:
             wanted: the format they are to be in; its layout does not matter here.
         """
         dtype = torch.bfloat16 if wanted.dtype is DispatchDtype.BF16 else torch.float32
-        rows, scales = quantise_rows(
-            dequantise_rows(self.rows, self.scales, found, dtype), wanted
-        )
+        rows, scales = quantise_rows(dequantise_rows(self.rows, self.scales, found, dtype), wanted)
         return replace(self, rows=rows, scales=scales)
 
     def arranged(self, format: DispatchFormat, device: torch.device) -> DispatchedTokens:
@@ -152,7 +154,7 @@ def packed(rows: torch.Tensor, places: torch.Tensor, format: DispatchFormat) -> 
 
 
 def spread(rows: torch.Tensor, places: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The way back: rows ``[R, ...]`` at their places of ``[*shape, ...]``, bytes of ones around."""
+    """The way back: rows ``[R, ...]`` at their places of ``[*shape, ...]``, ones around."""
     layout = TensorLayout(tuple(rows.shape[1:]), rows.dtype)
     out = undefined_rows(layout, prod(shape), rows.device, poison=True)[:-1]
     movable(out).index_copy_(0, places.to(rows.device), movable(rows))

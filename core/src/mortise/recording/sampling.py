@@ -100,6 +100,4 @@ def _positive(text: str, value: str) -> int:
 
 
 def _unknown(text: str) -> RecordingError:
-    return RecordingError(
-        f"a sample of {text!r}", expected=_EXPECTED, remedy="correct --sample"
-    )
+    return RecordingError(f"a sample of {text!r}", expected=_EXPECTED, remedy="correct --sample")

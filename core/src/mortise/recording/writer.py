@@ -58,7 +58,7 @@ class RecordingWriter:
     def keep(self, tensor: torch.Tensor) -> str:
         """Copy a tensor and name it; equal bytes of equal shape have one name."""
         kept = tensor.detach().to("cpu", copy=True).contiguous()
-        data = kept.reshape(-1).view(torch.uint8).numpy() if kept.numel() else b""
+        data = kept.reshape(-1).view(torch.uint8).numpy().tobytes() if kept.numel() else b""
         facts = f"{kept.dtype} {tuple(kept.shape)}".encode()
         key = hashlib.sha256(facts + hashlib.sha256(data).digest()).digest()
         if key in self._names:
