@@ -59,7 +59,19 @@ choice of keys.
 
 The multi-token prediction layer guesses the token after the next one right in {mtp_accuracy:.1%}
 of all cases (perplexity {mtp_perplexity:.2f}), and agrees with the main model's own greedy choice
-in {mtp_agreement:.1%}: that is the share of drafted tokens that greedy decoding accepts.
+in {mtp_agreement:.1%}, after what stands in the held-out text.
+
+What the model itself writes is easier to foretell. With `--draft K` the layer drafts K tokens a
+step, and the engine takes those that the model agrees with and one more. Measured by the engine on
+{draft_prompts} held-out prompts of {draft_prompt_tokens} tokens, each continued by
+{draft_new_tokens} more:
+
+| K | first draft accepted, greedy | tokens a step | first draft accepted, sampled | tokens a step |
+| ---: | ---: | ---: | ---: | ---: |
+{draft_rows}
+
+"Sampled" is the sampling that is recommended below. `python -m training.drafting` in
+`core/` of Mortise's repository measures it.
 
 ## Generating
 
@@ -97,6 +109,7 @@ def model_card(facts: dict[str, Any]) -> str:
     """
     recipe, corpus, data = facts["recipe"], facts["corpus"]["train"], facts["data"]
     model, optimizer, mtp = recipe["model"], recipe["optimizer"], facts["measures"]["mtp"]
+    drafting = facts["measures"]["drafting"]
     last = facts["log"][-1]
     return CARD.format(
         parameters=facts["parameters"],
@@ -110,6 +123,10 @@ def model_card(facts: dict[str, Any]) -> str:
         mtp_accuracy=mtp["accuracy"],
         mtp_agreement=mtp["agreement"],
         mtp_perplexity=math.exp(mtp["nats_per_token"]),
+        draft_prompts=drafting["prompts"],
+        draft_prompt_tokens=drafting["prompt_tokens"],
+        draft_new_tokens=drafting["new_tokens"],
+        draft_rows="\n".join(draft_rows(drafting)),
         stage_rows="\n".join(_stage_row(number, s) for number, s in enumerate(recipe["stages"], 1)),
         clip_norm=optimizer["clip_norm"],
         weight_decay=optimizer["weight_decay"],
@@ -139,6 +156,23 @@ def _result_rows(measures: dict[str, Any], topk: int) -> list[str]:
     return [
         f"| {label} | {measures[name]['perplexity']:.2f} | {measures[name]['bits_per_byte']:.3f} |"
         for name, label in labels.items()
+    ]
+
+
+def draft_rows(drafting: dict[str, Any]) -> list[str]:
+    """Return a row for each number of tokens drafted a step.
+
+    Args:
+        drafting: what `training.drafting.acceptance` found.
+    """
+    return [
+        f"| {one['num_tokens']} | "
+        + " | ".join(
+            f"{one[kind]['accepted_by_place'][0]:.1%} | {one[kind]['acceptance_length']:.2f}"
+            for kind in ("greedy", "recommended")
+        )
+        + " |"
+        for one in drafting["drafts"]
     ]
 
 

@@ -23,6 +23,8 @@ from mortise.models.decoder_weights import decoder_placements
 from mortise.models.nextn import nextn_placements
 from training import checkpoints
 from training.card import model_card
+from training.data import load_tokens
+from training.drafting import acceptance
 from training.evaluate import evaluate
 from training.language_model import LanguageModel
 from training.recipe import Recipe, read_recipe
@@ -114,9 +116,13 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def facts(work: Path, run: Path, recipe: Recipe, model: LanguageModel) -> dict[str, Any]:
+def facts(
+    work: Path, run: Path, recipe: Recipe, model: LanguageModel, output: Path
+) -> dict[str, Any]:
     """Return everything that the model card states: data, recipe, log, measures."""
-    lengths = recipe.stages[-1].sequence_length, model.config.max_position_embeddings
+    context = model.config.max_position_embeddings
+    lengths = recipe.stages[-1].sequence_length, context
+    held_out = load_tokens(work / "data" / "held_out.bin")
     ngrams = work / "baselines" / NGRAMS_FILE
     return {
         "corpus": json.loads((work / "corpus" / "corpus.json").read_text(encoding="utf-8")),
@@ -124,7 +130,10 @@ def facts(work: Path, run: Path, recipe: Recipe, model: LanguageModel) -> dict[s
         "recipe": recipe.model_dump(),
         "log": read_log(run / "log.jsonl"),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "measures": evaluate(model, work / "data", ngrams, lengths),
+        "measures": {
+            **evaluate(model, work / "data", ngrams, lengths),
+            "drafting": acceptance(output, held_out, context),
+        },
     }
 
 
@@ -158,7 +167,7 @@ def main(
     model = new_model(recipe)
     # What is measured is what was written, after rounding to bfloat16.
     fill(model, load_file(output / "model.safetensors"))
-    known = facts(work, run, recipe, model)
+    known = facts(work, run, recipe, model, output)
     write_json(run / "facts.json", known)
     (output / "README.md").write_text(model_card(known), encoding="utf-8")
     click.echo(json.dumps(known["measures"], indent=2))
