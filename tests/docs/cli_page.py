@@ -33,6 +33,10 @@ $ mortise generate --max-tokens 8 --json --logprobs 2 "for i in"
 $ mortise generate --max-tokens 32 --draft 2 "class Stack:"
 """,
         "backends": "$ mortise backends\n$ mortise backends --json\n",
+        "conformance": """\
+$ mortise conformance reference --level static
+$ mortise conformance npu_ascend --device emulated --level device -k "linear and w8a8"
+""",
         "explain": "$ mortise explain\n$ mortise explain --dtype float32 --json\n",
         "doctor": "$ mortise doctor\n",
         "eval": """\
@@ -44,6 +48,18 @@ $ mortise quantize quantised --scheme w4a16
 $ mortise quantize mixed --scheme w8a8 --dialect modelslim --scheme-for "*.experts.*=w4a4"
 """,
         "new-plugin": "$ mortise new-plugin my_chip\n",
+        "record": """\
+$ mortise record run --max-tokens 2 "class Stack:"
+$ mortise record small --draft 1 --max-tokens 4 --sample first:2 --max-bytes 64MB
+""",
+        "replay": """\
+$ mortise record run --max-tokens 2
+$ mortise replay run --backend npu_ascend --device emulated
+$ mortise replay run --backend npu_ascend --device emulated --call 14 --save call.safetensors
+""",
+        "diff": """\
+$ mortise diff --backend reference --backend npu_ascend --device emulated --max-tokens 2
+""",
         "warmup": "$ mortise warmup\n$ mortise warmup --json\n",
     }
 )

@@ -13,6 +13,7 @@ from mortise.cli.generate import generate
 from mortise.cli.group import BoundaryGroup
 from mortise.cli.new_plugin import new_plugin
 from mortise.cli.quantize import quantize
+from mortise.cli.record import diff, record, replay
 from mortise.cli.warmup import warmup
 
 
@@ -29,8 +30,8 @@ def mortise(context: click.Context) -> None:
     Start with: mortise generate "def fibonacci(n):"
 
     Results go to standard output, everything else to standard error. Exit codes: 0 done; 1 a check
-    of doctor failed, or a bug; 2 something is wrong with what was asked, and the message says what;
-    130 interrupted.
+    failed, two backends differ, or a bug; 2 something is wrong with what was asked, and the message
+    says what; 130 interrupted.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -45,3 +46,6 @@ mortise.add_command(quantize)
 mortise.add_command(conformance)
 mortise.add_command(warmup)
 mortise.add_command(new_plugin)
+mortise.add_command(record)
+mortise.add_command(replay)
+mortise.add_command(diff)
