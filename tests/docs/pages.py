@@ -59,3 +59,18 @@ def blocks_of(page: Path) -> list[Block]:
         )
         for match in FENCE.finditer(text)
     ]
+
+
+def commands(block: Block) -> list[str]:
+    """The command lines of a console block; a backslash continues one."""
+    joined = block.text.replace("\\\n", "")
+    return [
+        line.strip().removeprefix("$ ")
+        for line in joined.splitlines()
+        if line.strip().startswith("$ ")
+    ]
+
+
+def expected_code(block: Block) -> int:
+    match = re.fullmatch(r"exit code (\d)", block.title)
+    return int(match[1]) if match else 0

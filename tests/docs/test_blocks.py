@@ -8,12 +8,13 @@
 - ``python``: a program, run in that same directory.
 - ``sh``: commands that install something; continuous integration runs the README's.
 - ``py``: a signature or a fragment; other tests compare it with the code.
+
+Pages that are one story are followed by ``tests/pkg`` instead: their commands install something.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,24 +23,10 @@ import pytest
 
 from mortise import EngineConfig
 from mortise.backends.manifest import parse_manifest
-from tests.docs.pages import Block, blocks, blocks_of, pages
+from tests.docs.pages import Block, blocks, blocks_of, commands, expected_code, pages
+from tests.docs.stories import STORIES
 
-LANGUAGES = {"", "console", "json", "py", "python", "sh", "text", "toml"}
-
-
-def commands(block: Block) -> list[str]:
-    """The command lines of a console block; a backslash continues one."""
-    joined = block.text.replace("\\\n", "")
-    return [
-        line.strip().removeprefix("$ ")
-        for line in joined.splitlines()
-        if line.strip().startswith("$ ")
-    ]
-
-
-def expected_code(block: Block) -> int:
-    match = re.fullmatch(r"exit code (\d)", block.title)
-    return int(match[1]) if match else 0
+LANGUAGES = {"", "console", "diff", "json", "py", "python", "sh", "text", "toml"}
 
 
 def write_files(page: Path, directory: Path) -> None:
@@ -67,7 +54,12 @@ def test_pages_use_known_languages() -> None:
     assert {language for _, language in found} <= LANGUAGES, found
 
 
-@pytest.mark.parametrize("block", blocks("console"), ids=str)
+def alone(language: str) -> list[Block]:
+    """The blocks of one language that are run by themselves."""
+    return [block for block in blocks(language) if block.page not in STORIES]
+
+
+@pytest.mark.parametrize("block", alone("console"), ids=str)
 def test_commands_run(block: Block, tmp_path: Path) -> None:
     write_files(block.page, tmp_path)
     lines = commands(block)
@@ -80,7 +72,7 @@ def test_commands_run(block: Block, tmp_path: Path) -> None:
         assert "Traceback" not in outcome.stderr
 
 
-@pytest.mark.parametrize("block", blocks("toml"), ids=str)
+@pytest.mark.parametrize("block", alone("toml"), ids=str)
 def test_configurations_parse(block: Block, tmp_path: Path) -> None:
     if block.title.endswith("backend.toml"):
         parse_manifest(block.text)
@@ -90,7 +82,7 @@ def test_configurations_parse(block: Block, tmp_path: Path) -> None:
     EngineConfig.from_toml(path)
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
+@pytest.mark.parametrize("block", alone("python"), ids=str)
 def test_programs_run(block: Block, tmp_path: Path) -> None:
     write_files(block.page, tmp_path)
     outcome = run([sys.executable, "-W", "error", "-c", block.text], tmp_path)
