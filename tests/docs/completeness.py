@@ -12,7 +12,7 @@ from mortise import errors
 from mortise.cli import command_tree
 from mortise.config import describe
 from mortise.spec import hooks, reasons
-from tests.docs import hook_pages, manifest_page
+from tests.docs import hook_pages, manifest_page, records_page
 from tests.docs.pages import DOCS
 
 if TYPE_CHECKING:
@@ -58,6 +58,20 @@ def parameters_without_a_meaning() -> Iterator[str]:
         for parameter in inspect.signature(getattr(hooks, hook)).parameters:
             if not explained.get(parameter):
                 yield f"{hook}({parameter})"
+
+
+def record_fields() -> Iterator[str]:
+    """Fields of the records that hooks are given and give back, and members of enumerations."""
+    page = text_of("reference/records.md")
+    told = {name: rest for name, _, rest in (part.partition("\n") for part in page.split("\n### "))}
+    for things in records_page.exported().values():
+        for kind in filter(inspect.isclass, things):
+            text = told.get(kind.__name__, "")
+            if not text:
+                yield kind.__name__
+            for name, meaning in records_page.meanings(kind).items():
+                if not meaning or f"\n| `{name}` | " not in text:
+                    yield f"{kind.__name__}.{name}"
 
 
 def codes_without_a_remedy() -> Iterator[str]:
@@ -123,6 +137,7 @@ def undocumented() -> dict[str, list[str]]:
     return {
         "hook": list(hooks_without_a_page()),
         "parameter": list(parameters_without_a_meaning()),
+        "record field": list(record_fields()),
         "reason code": list(codes_without_a_remedy()),
         "manifest field": list(keys_of_the_manifest()),
         "configuration key": list(keys_of_the_configuration()),

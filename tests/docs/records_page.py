@@ -72,21 +72,31 @@ def attribute_meanings(kind: type) -> dict[str, str]:
     """The docstrings that follow the attributes of a class."""
     (node,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(node, ast.ClassDef)
-    meanings: dict[str, str] = {}
+    told: dict[str, str] = {}
     for before, after in zip(node.body, node.body[1:], strict=False):
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             target = before.target if isinstance(before, ast.AnnAssign) else None
             target = before.targets[0] if isinstance(before, ast.Assign) else target
             if isinstance(target, ast.Name):
-                meanings[target.id] = one_line(str(after.value.value))
-    return meanings
+                told[target.id] = one_line(str(after.value.value))
+    return told
 
 
 def fields(kind: type) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, default and meaning of each field of a dataclass."""
-    meanings = attribute_meanings(kind) | described(kind.__doc__).arguments
+    told = attribute_meanings(kind) | described(kind.__doc__).arguments
     for field in dataclasses.fields(kind):
-        yield field.name, str(field.type), default_of(field), meanings.get(field.name, "")
+        yield field.name, str(field.type), default_of(field), told.get(field.name, "")
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """What is said of each field or member; of a class with neither, nothing."""
+    if dataclasses.is_dataclass(kind):
+        return {name: meaning for name, _, _, meaning in fields(kind)}
+    if issubclass(kind, Enum) and kind is not plugin.ReasonCode:
+        told = attribute_meanings(kind)
+        return {member.name: told.get(member.name, "") for member in kind}
+    return {}
 
 
 def default_of(field: dataclasses.Field[object]) -> str:
@@ -124,9 +134,9 @@ def rows(kind: type) -> Iterator[str]:
             yield f"| `{name}` | {code(annotation)} | {code(default)} | {meaning} |"
     elif issubclass(kind, Enum):
         yield "| member | value | meaning |\n|---|---|---|"
-        meanings = attribute_meanings(kind)
+        told = meanings(kind)
         for member in kind:
-            yield f"| `{member.name}` | `{member.value}` | {meanings.get(member.name, '')} |"
+            yield f"| `{member.name}` | `{member.value}` | {told.get(member.name, '')} |"
     elif arguments := described(kind.__doc__).arguments:
         yield "| given | meaning |\n|---|---|"
         yield from (f"| `{name}` | {meaning} |" for name, meaning in arguments.items())

@@ -10,14 +10,14 @@ import click
 import pytest
 from pydantic import Field
 
-from mortise import errors
+from mortise import errors, plugin
 from mortise.backends import manifest
 from mortise.cli import command_tree
 from mortise.config import describe
 from mortise.config.engine import EngineConfig
 from mortise.spec import hooks, reasons
 from mortise.spec.roles import Phase
-from tests.docs import completeness, hook_pages
+from tests.docs import completeness, hook_pages, records_page
 from tests.docs.completeness import undocumented
 
 if TYPE_CHECKING:
@@ -98,6 +98,28 @@ def test_a_parameter_without_a_meaning(monkeypatch: pytest.MonkeyPatch, more: Fo
         ),
     )
     assert more() == {"parameter": ["qkv_split(projected_ba)"]}
+
+
+def test_a_field_of_a_record(monkeypatch: pytest.MonkeyPatch, more: Found) -> None:
+    """Whether its class describes it and the page is old, or nobody has described it."""
+    told = records_page.meanings
+    wider = {"window": "keys that a query sees", "stride": ""}
+    monkeypatch.setattr(
+        records_page,
+        "meanings",
+        lambda kind: told(kind) | (wider if kind is plugin.QKVShape else {}),
+    )
+    assert more() == {"record field": ["QKVShape.window", "QKVShape.stride"]}
+
+
+def test_a_record(monkeypatch: pytest.MonkeyPatch, more: Found) -> None:
+    class Moon:
+        """Shines."""
+
+    exported = records_page.exported()
+    exported["mortise.spec.qkv"].append(Moon)
+    monkeypatch.setattr(records_page, "exported", lambda: exported)
+    assert more() == {"record field": ["Moon"]}
 
 
 def test_a_reason_code(monkeypatch: pytest.MonkeyPatch, more: Found) -> None:

@@ -32,7 +32,12 @@ class Exact:
 
 @dataclass(frozen=True, slots=True)
 class Substitute:
-    """The device sends ``dtype`` instead, which is documented and warned of."""
+    """The device sends another format instead, which is documented and warned of.
+
+    Args:
+        dtype: the format that it sends.
+        why: for the decision's reason.
+    """
 
     dtype: DispatchDtype
     why: str
@@ -40,7 +45,11 @@ class Substitute:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """The device cannot do what was asked for, and nothing else would mean the same."""
+    """The device cannot do what was asked for, and nothing else would mean the same.
+
+    Args:
+        why: for the error.
+    """
 
     why: str
 

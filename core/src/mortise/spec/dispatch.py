@@ -19,10 +19,15 @@ class DispatchDtype(StrEnum):
     """Number format of a dispatched row; the name says what the bytes are."""
 
     FP32 = "fp32"
+    """float32, where the whole model is float32."""
     BF16 = "bf16"
+    """bfloat16."""
     FP8_E4M3 = "fp8"
+    """float8 e4m3, a scale for every 128 columns of a row."""
     INT8 = "int8"
+    """int8, a scale for every row."""
     NVFP4 = "nvfp4"
+    """float4 e2m1, a scale for every 16 columns under a global one."""
 
 
 class DispatchMode(StrEnum):
@@ -38,6 +43,7 @@ class ScaleLayout(StrEnum):
     """Where the scales of a quantised row are."""
 
     NONE = "none"
+    """Nowhere: the rows are not quantised."""
     PER_TOKEN = "per_token"
     """float32, one a row: ``[R]``."""
     PER_TOKEN_128 = "per_token_per_128_columns"
@@ -64,23 +70,31 @@ class GroupListKind(StrEnum):
     """What the numbers of a group list are."""
 
     COUNTS = "counts"
+    """How many rows each group has."""
     CUMULATIVE = "cumulative"
+    """Where each group ends."""
 
 
 class RoutingWeightSide(StrEnum):
     """Who multiplies the experts' rows by the routing weights."""
 
     COMBINE = "combine"
+    """Whoever brings the rows home."""
     EXPERTS = "experts"
+    """``quantized_moe_apply``, by the weights that come with the rows."""
 
 
 class DecisionRule(StrEnum):
     """Which rule of the order of authority decided; highest first."""
 
     OVERRIDE = "override"
+    """The user said so."""
     EXPERT_METHOD = "expert_method"
+    """What runs the experts asks for it."""
     RUNNER = "runner"
+    """The kernel runner quantises by itself, and wants rows as they are."""
     DEVICE_DEFAULT = "device_default"
+    """Nobody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +124,12 @@ class DispatchFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Override:
-    """A value the user asked for, and where it came from (``command line --dispatch-dtype``)."""
+    """A format that the user asked for.
+
+    Args:
+        value: the format.
+        source: where that was said (``command line --dispatch-dtype``).
+    """
 
     value: DispatchDtype
     source: str
@@ -155,15 +174,21 @@ class DispatchRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchDecision:
-    """A dispatch format and its reason; decided once per layer and mode, then immutable."""
+    """A dispatch format and its reason; decided once per layer and mode, then immutable.
+
+    Args:
+        format: what every dispatch of the layer in this mode is given.
+        rule: which rule decided.
+        reason: why, in words.
+        asked: what the rule asked for, when the device's documented policy made it another format.
+        source: where an override came from.
+    """
 
     format: DispatchFormat
     rule: DecisionRule
     reason: str
     asked: DispatchDtype | None = None
-    """What the rule asked for, when the device's documented policy made it another format."""
     source: str = ""
-    """Where an override came from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +200,7 @@ class DispatchedTokens:
         scales: scales of quantised rows, or None.
         group_list: int64 ``[E_l]``, counts or cumulative ends as ``group_list_kind`` says; rows
             past the last group are undefined and must not be read.
+        group_list_kind: which of the two.
         group_counts: the same counts as Python integers where the host knows them, else None;
             saves a device synchronisation.
         format: what the rows are.
@@ -199,7 +225,9 @@ class DispatchedTokens:
 class Routing:
     """The router's choice.
 
-    ``topk_ids`` is int64 ``[T, K]`` (-1: no expert), ``topk_weights`` float32 ``[T, K]``.
+    Args:
+        topk_ids: int64 ``[T, K]``, experts of all ranks; -1 is no expert.
+        topk_weights: float32 ``[T, K]``.
     """
 
     topk_ids: torch.Tensor

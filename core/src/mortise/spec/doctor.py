@@ -16,14 +16,25 @@ class Verdict(StrEnum):
     """What a check found, the best first."""
 
     OK = "ok"
+    """All is well."""
     NOTE = "note"
+    """Worth knowing; nothing is to be done."""
     WARN = "warn"
+    """A run starts, and may go wrong or be slow."""
     FAIL = "fail"
+    """A run does not start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was looked at, how it is, what was found, and what to do where that is not well."""
+    """One line of what ``mortise doctor`` shows.
+
+    Args:
+        name: what was looked at, in a word or two.
+        verdict: how it is.
+        found: what was found.
+        remedy: what to do where that is not well.
+    """
 
     name: str
     verdict: Verdict

@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 class ExpertWeights:
     """The experts of one layer that live on this rank.
 
-    ``w13`` is gate over up ``[E_l, 2I, H]``, ``w2`` is down ``[E_l, H, I]``; their schemes may
-    differ. ``prepared`` is what ``prepare_expert_weights`` made of them: opaque to the core, owned
-    by the backend, None until prepared.
+    Args:
+        layer: dotted module name.
+        w13: gate over up, ``[E_l, 2I, H]``.
+        w2: down, ``[E_l, H, I]``, of a scheme of its own.
+        num_local_experts: E_l.
+        hidden_size: H.
+        intermediate_size: I.
+        prepared: what ``prepare_expert_weights`` made of them: opaque to the core, owned by the
+            backend, None until prepared.
     """
 
     layer: str

@@ -46,6 +46,7 @@ class NotSupported(Enum):
     """The type of ``NOT_SUPPORTED``, the one way for a hook to decline."""
 
     NOT_SUPPORTED = "not_supported"
+    """There is none; the core does it in its own way."""
 
 
 NOT_SUPPORTED: Final = NotSupported.NOT_SUPPORTED
@@ -77,8 +78,8 @@ def prepare_expert_weights(experts: ExpertWeights, decision: DispatchDecision) -
     (their memory reused) only if ``prepared`` holds everything ``quantized_moe_apply`` needs.
 
     Args:
-        experts: ``w13`` ``[E_l, 2I, H]``, gate over up, and ``w2`` ``[E_l, H, I]``, each stored by a
-            scheme of its own.
+        experts: ``w13`` ``[E_l, 2I, H]``, gate over up, and ``w2`` ``[E_l, H, I]``, each stored by
+            a scheme of its own.
         decision: what ``resolve_dispatch_dtype`` answered for this layer and mode.
 
     Returns:
@@ -226,7 +227,13 @@ def qkv_split(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookSpec:
-    """One hook's name, version and phase."""
+    """One hook of the table.
+
+    Args:
+        name: of the function that specifies it.
+        version: raised by every change that is not an addition with a default.
+        phase: when it runs.
+    """
 
     name: str
     version: int

@@ -48,7 +48,18 @@ class PagedMQABuffers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedMQAMetadata:
-    """What a schedule is for (immutable), beside the buffers it lives in (refreshed in place)."""
+    """What a schedule is for (immutable), beside the buffers it lives in (refreshed in place).
+
+    Args:
+        mode: the kind of forward pass.
+        rows: rows of the query.
+        next_n: query tokens of each row.
+        block_size: tokens per page.
+        num_workers: workers that share the work.
+        max_context_len: the longest visible length, on the host.
+        buffers: the tensors.
+        generation: refreshes of the buffers so far, when this description was made.
+    """
 
     mode: ForwardMode
     rows: int
@@ -168,6 +179,10 @@ class IndexKeyPages:
     uint8 block ``[64 * (D + 4)]`` a page: first the 64 * D bytes of its keys, then its 64 scales
     (the layout of DeepGEMM's fused key cache). Pages are therefore ``64 * (D + 4)`` bytes apart in
     both, and the scales of page p begin ``64 * D`` bytes behind its keys.
+
+    Args:
+        keys: the cached keys.
+        scales: one for each key, where they are quantised.
     """
 
     keys: torch.Tensor

@@ -21,7 +21,15 @@ class QKVLayout(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QKVShape:
-    """Heads and head sizes of keys and of values, and the stored layout."""
+    """Heads and head sizes of keys and of values, and the stored layout.
+
+    Args:
+        num_key_heads: nk, heads of queries and of keys.
+        num_value_heads: nv, a multiple of nk.
+        key_head_dim: hk, of queries too.
+        value_head_dim: hv.
+        layout: how the fused projections are stored.
+    """
 
     num_key_heads: int
     num_value_heads: int
@@ -34,8 +42,11 @@ class QKVShape:
 class QKVParts:
     """The split projections, every one contiguous, dtype of the input.
 
-    ``mixed_qkv`` is ``[T, 2*nk*hk + nv*hv]`` (all q, all k, all v), ``z`` ``[T, nv, hv]``, ``b``
-    and ``a`` ``[T, nv]``.
+    Args:
+        mixed_qkv: ``[T, 2*nk*hk + nv*hv]``: all q, all k, all v.
+        z: ``[T, nv, hv]``, the gates of the output.
+        b: ``[T, nv]``, from which the strength of an update comes.
+        a: ``[T, nv]``, from which the decay comes.
     """
 
     mixed_qkv: torch.Tensor

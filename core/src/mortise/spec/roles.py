@@ -10,7 +10,9 @@ class ModelRole(StrEnum):
     """A run binds a backend once per role; nothing is shared between roles."""
 
     MAIN = "main"
+    """The model whose text is generated."""
     DRAFT = "draft"
+    """The model that guesses tokens for the main one to verify."""
 
 
 class ForwardMode(StrEnum):

@@ -37,7 +37,9 @@ class ScaleFormat(StrEnum):
     """Number format of scales."""
 
     FLOAT32 = "float32"
+    """float32."""
     E4M3 = "e4m3"
+    """float8 e4m3, beside a global scale."""
     UE8M0 = "ue8m0"
     """Powers of two: kept as float32 beside weights, packed four to an int32 beside rows."""
 
