@@ -22,7 +22,7 @@ class Verdict(StrEnum):
     WARN = "warn"
     """A run starts, and may go wrong or be slow."""
     FAIL = "fail"
-    """A run does not start."""
+    """Something is broken, and ``mortise doctor`` ends as a failure."""
 
 
 @dataclass(frozen=True, slots=True)
