@@ -36,7 +36,8 @@ class MTPScore:
     """How well the MTP layer guesses the token after the next one.
 
     `agreement` is the share of its first choices that the main model makes too once it has read
-    the true next token: the acceptance rate of greedy drafting with one drafted token.
+    the true next token: what greedy drafting would accept after the held-out text, while it is
+    more after what the model writes itself (`training.drafting`).
     """
 
     predicted_tokens: int
