@@ -168,6 +168,9 @@ def test_no_verb_of_the_program_writes(tiny_model: Path, tmp_path: Path) -> None
         "conformance": ["reference", "--level", "host"],
         "new-plugin": ["my_chip", "--output", str(tmp_path / "my-chip")],
         "doctor": [],
+        "record": [str(tmp_path / "recording"), "def f(x):", "--max-tokens", "2", *model],
+        "replay": [str(tmp_path / "recording")],
+        "diff": ["--backend", "reference", "--backend", "reference", "--max-tokens", "2", *model],
     }
     present = command_tree().commands
     assert set(present) <= set(verbs)

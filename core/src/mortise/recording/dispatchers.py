@@ -43,7 +43,7 @@ class RecordedDispatcher:
         recorder: is told.
         dispatcher: the backend's.
         request: what it was made for.
-        made_by: number of the call that made it.
+        made_by: number of the call that made it; None if that was not kept.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RecordedDispatcher:
         recorder: Recorder,
         dispatcher: TokenDispatcher,
         request: TokenDispatcherRequest,
-        made_by: int,
+        made_by: int | None,
     ) -> None:
         self._recorder = recorder
         self._dispatcher = dispatcher
@@ -65,7 +65,7 @@ class RecordedDispatcher:
         recorder, request, number = self._recorder, self._request, self._recorder.begin()
         arguments = None
         tensors = (hidden_TH, routing.topk_ids, routing.topk_weights)
-        if recorder.keeps(DISPATCH, request.layer, request.role, tensors):
+        if recorder.keeps(DISPATCH, request.layer, request.role, tensors, self._made_by):
             given = {
                 "hidden": hidden_TH,
                 "topk_ids": routing.topk_ids,
@@ -87,7 +87,13 @@ class RecordedDispatcher:
             "side": tokens.routing_weight_side,
         }
         kept = recorder.add(
-            number, DISPATCH, request.layer, request.role, arguments, answer, uses=self._made_by
+            number,
+            DISPATCH,
+            request.layer,
+            request.role,
+            arguments,
+            answer,
+            uses=self._made_by or 0,
         )
         return tokens, RecordedHandle(handle, tokens, number if kept else None)
 

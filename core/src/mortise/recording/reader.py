@@ -79,7 +79,8 @@ class Recording:
         if name not in self._places:
             raise _damaged(self.path, f"tensor {name!r} is in none of its files")
         found: torch.Tensor = self._places[name].get_tensor(name)  # type: ignore[no-untyped-call]
-        return found
+        # A view of the file begins wherever it lies there, and kernels want aligned memory.
+        return found.clone()
 
     def value(self, encoded: Any) -> Any:
         """An argument or answer with its tensors."""

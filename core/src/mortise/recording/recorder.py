@@ -308,14 +308,13 @@ class RecordedOps:
         """Whether there is one; the backend's own is recorded call by call."""
         recorder, hook, number = self._recorder, "create_token_dispatcher", self._recorder.begin()
         answer = self._ops.create_token_dispatcher(request)
-        is_own = not isinstance(answer, NotSupported)
-        if not recorder.keeps(hook, request.layer, self._role, ()):
-            return answer
-        arguments = {"request": recorder.encoded(request)}
-        recorder.add(number, hook, request.layer, self._role, arguments, is_own)
+        is_own, is_kept = not isinstance(answer, NotSupported), False
+        if recorder.keeps(hook, request.layer, self._role, ()):
+            arguments = {"request": recorder.encoded(request)}
+            is_kept = recorder.add(number, hook, request.layer, self._role, arguments, is_own)
         if isinstance(answer, NotSupported):
             return answer
-        return RecordedDispatcher(recorder, answer, request, number)
+        return RecordedDispatcher(recorder, answer, request, number if is_kept else None)
 
     def paged_mqa_metadata(
         self, context_lens: torch.Tensor, block_size: int, num_workers: int, mode: ForwardMode, /

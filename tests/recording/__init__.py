@@ -1,0 +1,1 @@
+"""Tests of recordings, made of tiny models on the reference."""
