@@ -51,9 +51,14 @@ def test_it_tells_people_what_to_do_next(tmp_path: Path, monkeypatch: pytest.Mon
     assert "mortise conformance my_chip" in lines
 
 
-def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
-    assert mortise("new-plugin", "my_chip", "--output", tmp_path).code == 0
-    assert found(tmp_path) == sorted(texts(PluginPlan(name="my_chip")))
+def test_an_empty_directory_is_filled_and_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    assert mortise("new-plugin", "my_chip", "--output", ".").code == 0
+    assert found(Path()) == sorted(texts(PluginPlan(name="my_chip")))
+    assert tmp_path.stat().st_ino == inode
 
 
 @pytest.mark.parametrize("vendor", ["", 'Acme "Corp" \\ Söhne', "'''", "100 % {x} $y %{name}"])
@@ -156,15 +161,20 @@ def test_what_is_no_directory_is_left_alone(tmp_path: Path) -> None:
     dangling.symlink_to(tmp_path / "nowhere")
     for place in (file, dangling):
         message = failure("new-plugin", "chip", "--output", place)
-        assert "is there, and is no directory that can be read" in message
+        assert "is there, and is no directory" in message
     assert file.read_text() == "mine"
     assert dangling.is_symlink()
+
+
+def test_a_name_that_no_directory_can_have_is_refused(tmp_path: Path) -> None:
+    assert "too long" in failure("new-plugin", "chip", "--output", tmp_path / ("x" * 300))
 
 
 def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     message = failure("new-plugin", "chip", "--output", tmp_path / "file" / "new")
-    assert "no directory that can be read" in message
+    assert "cannot be written" in message
+    assert "Not a directory" in message
 
 
 def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +189,21 @@ def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     message = failure("new-plugin", "chip", "--output", tmp_path / "new")
     assert "cannot be written" in message
     assert "No space left on device" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_directory_is_filled_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Path.rename
+
+    def fails_later(path: Path, target: Path) -> Path:
+        if path.name == "src":
+            raise OSError(5, "Input/output error")
+        return full(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_later)
+    assert "Input/output error" in failure("new-plugin", "chip", "--output", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -23,18 +23,9 @@ def write_whole(directory: Path, texts: Mapping[PurePosixPath, str]) -> None:
     Raises:
         NewPluginError: the directory is taken, or cannot be written; nothing half-done is left.
     """
-    _require_free(directory)
-    unfinished = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.unfinished")
     try:
-        unfinished.mkdir(parents=True)
-        try:
-            for path, text in texts.items():
-                file = unfinished / path
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(text, encoding="utf-8", newline="\n")
-            unfinished.rename(directory)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        _require_free(directory)
+        _write(directory, texts)
     except (OSError, ValueError) as error:
         raise NewPluginError(
             f"{str(directory)!r} cannot be written: {error}",
@@ -43,22 +34,54 @@ def write_whole(directory: Path, texts: Mapping[PurePosixPath, str]) -> None:
         ) from None
 
 
-def _require_free(directory: Path) -> None:
+def _write(directory: Path, texts: Mapping[PurePosixPath, str]) -> None:
+    mark = f"{secrets.token_hex(4)}.unfinished"
+    # An empty directory stays the one it is: somebody may be standing in it.
+    is_there = directory.is_dir()
+    staging = (
+        directory / f".{mark}" if is_there else directory.with_name(f".{directory.name}.{mark}")
+    )
+    staging.mkdir(parents=True)
     try:
-        found = sorted(path.name for path in directory.iterdir())
-    except FileNotFoundError:
-        if not directory.is_symlink():
-            return
-        found = []
+        for path, text in texts.items():
+            file = staging / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8", newline="\n")
+        if is_there:
+            _move_up(staging)
+        else:
+            staging.rename(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_up(staging: Path) -> None:
+    """Move everything in a directory into the one above it, or nothing."""
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for child in sorted(staging.iterdir()):
+            place = staging.parent / child.name
+            child.rename(place)
+            moved.append((place, child))
     except OSError:
-        found = []
-    else:
-        if not found:
-            return
-    what = "is not empty" if found else "is there, and is no directory that can be read"
-    raise NewPluginError(
+        for place, child in moved:
+            place.rename(child)
+        raise
+
+
+def _require_free(directory: Path) -> None:
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if not directory.is_dir():
+        raise _taken(directory, "is there, and is no directory")
+    if found := sorted(path.name for path in directory.iterdir()):
+        raise _taken(directory, "is not empty", f"found: {', '.join(found[:5])}")
+
+
+def _taken(directory: Path, what: str, *details: str) -> NewPluginError:
+    return NewPluginError(
         f"{str(directory)!r} {what}",
-        details=[f"found: {', '.join(found[:5])}"] if found else [],
+        details=details,
         expected="a directory that is empty or not there yet",
         remedy="give another directory with --output",
     )
