@@ -60,7 +60,6 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "more rows than a prompt's chunk": (8, {"chunk": 7, "seqs": 6}),
     "one page each": (5, {"pages": 3, "seqs": 3, "chunk": 64}),
     "keys in float8": (3, {"index_key_dtype": "fp8"}),
-    "two threads": (2, {"threads": 2, "seqs": 3}),
 }
 
 
