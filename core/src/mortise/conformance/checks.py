@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mortise.conformance import expert_checks
+from mortise.conformance import (
+    dispatcher_checks,
+    expert_checks,
+    host_checks,
+    indexer_checks,
+    layer_checks,
+    linear_checks,
+    policy_checks,
+    split_checks,
+    static_checks,
+)
 from mortise.conformance.records import Check, Item, Level
 
 if TYPE_CHECKING:
@@ -12,7 +22,17 @@ if TYPE_CHECKING:
 
     from mortise.conformance.subject import Subject
 
-CHECKS: Final[tuple[Check, ...]] = (*expert_checks.CHECKS,)
+CHECKS: Final[tuple[Check, ...]] = (
+    *static_checks.CHECKS,
+    *host_checks.CHECKS,
+    *policy_checks.CHECKS,
+    *expert_checks.CHECKS,
+    *layer_checks.CHECKS,
+    *linear_checks.CHECKS,
+    *dispatcher_checks.CHECKS,
+    *indexer_checks.CHECKS,
+    *split_checks.CHECKS,
+)
 
 
 def items(subject: Subject, level: Level) -> Iterator[Item]:

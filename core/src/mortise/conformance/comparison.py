@@ -37,11 +37,21 @@ def require_shape(
     return found
 
 
-def relative_errors(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Of the whole and of each row, in float64; what is not a number is infinitely far off."""
+def relative_errors(
+    found: torch.Tensor, expected: torch.Tensor, sizes: torch.Tensor | None = None
+) -> tuple[float, torch.Tensor]:
+    """Of the whole and of each row, in float64; what is not a number is infinitely far off.
+
+    Args:
+        found: ``[R, ...]``.
+        expected: likewise.
+        sizes: norms that rows have at least, ``[R]``: of rows of few numbers that may cancel.
+    """
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     off = (found - expected).flatten(1)
     size = expected.flatten(1).norm(dim=1)
+    if sizes is not None:
+        size = size.maximum(sizes.double())
     # A row of zeros has no size of its own.
     floor = max(float(size.max()) if len(size) else 0.0, 1e-30) * 1e-6
     rows = torch.nan_to_num(off.norm(dim=1) / size.clamp(min=floor), nan=torch.inf)
@@ -63,6 +73,7 @@ def require_close(
     subject: str,
     case: object,
     explain: Callable[[], str] | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> Measured:
     """Rows ``[R, ...]`` within a tolerance of the reference.
 
@@ -73,13 +84,14 @@ def require_close(
         subject: hook and scheme.
         case: named in the message.
         explain: looks for a likely cause, when something is wrong.
+        sizes: as :func:`relative_errors` takes them.
 
     Raises:
         FaultError: they are further apart; with the worst row, and what it looks like.
     """
     if not expected.numel():
         return Measured(subject=subject, error=0.0, tolerance=tolerance.whole)
-    whole, rows = relative_errors(found, expected)
+    whole, rows = relative_errors(found, expected, sizes)
     if whole <= tolerance.whole and bool((rows <= tolerance.row).all()):
         scaled = max(whole / tolerance.whole, float(rows.max()) / tolerance.row)
         return Measured(subject=subject, error=scaled * tolerance.whole, tolerance=tolerance.whole)

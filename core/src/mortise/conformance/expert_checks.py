@@ -25,7 +25,7 @@ from mortise.conformance.expert_cases import (
     plain_layers,
     prepared,
 )
-from mortise.conformance.records import Check, FaultError, Level, Measured, NotAskedError
+from mortise.conformance.records import Check, FaultError, Level, Measured, NotAskedError, worst
 from mortise.conformance.what_if import wrong_experts
 from mortise.errors import MortiseError
 from mortise.plugin import (
@@ -58,10 +58,6 @@ def _compared(subject: Subject, layer: Layer, tokens: DispatchedTokens, what: st
     )
 
 
-def _worst(measured: list[Measured]) -> Measured:
-    return max(measured, key=lambda one: one.error / one.tolerance)
-
-
 def _said(decision: DispatchDecision) -> str:
     stated = decision.format
     return f"{stated.dtype.value} rows, {stated.row_layout.value}, mode {stated.mode.value}"
@@ -75,7 +71,7 @@ def experts_match_the_reference(subject: Subject, case: ExpertCase) -> Measured:
         for what, counts in patterns.items():
             tokens = draw_tokens(counts, case.hidden, case.dtype, decision.format)
             measured.append(_compared(subject, layer, tokens, f"{_said(decision)}, {what}"))
-    return _worst(measured)
+    return worst(measured)
 
 
 def experts_take_every_group_list(subject: Subject, case: ExpertCase) -> Measured:
@@ -94,7 +90,7 @@ def experts_take_every_group_list(subject: Subject, case: ExpertCase) -> Measure
             )
             kind = "cumulative ends" if cumulative else "counts on the device"
             measured.append(_compared(subject, layer, tokens, f"{_said(decision)}, {kind}"))
-    return _worst(measured)
+    return worst(measured)
 
 
 def experts_take_extreme_rows(subject: Subject, case: ExpertCase) -> Measured:

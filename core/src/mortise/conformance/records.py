@@ -46,6 +46,16 @@ class Measured:
     error: float
     tolerance: float
 
+    @property
+    def badness(self) -> tuple[float, float]:
+        """Larger is worse; of two that are as good, the one that asked for less."""
+        return self.error / self.tolerance, -self.tolerance
+
+
+def worst(measured: Iterable[Measured]) -> Measured:
+    """The one that is furthest off of what is allowed."""
+    return max(measured, key=lambda one: one.badness)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:

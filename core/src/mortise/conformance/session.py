@@ -146,9 +146,15 @@ def _worst(ended: list[dict[str, Any]]) -> dict[str, WorstError]:
             continue
         subject, error, tolerance = one["measured"]
         known = worst.get(subject)
-        if known is None or error / tolerance > known.error / known.tolerance:
-            worst[subject] = WorstError(error=error, tolerance=tolerance)
+        found = WorstError(error=error, tolerance=tolerance)
+        # Of equally good ones, the one that asked for more.
+        if known is None or _badness(found) > _badness(known):
+            worst[subject] = found
     return dict(sorted(worst.items()))
+
+
+def _badness(one: WorstError) -> tuple[float, float]:
+    return one.error / one.tolerance, -one.tolerance
 
 
 def _listed(ended: list[dict[str, Any]], word: str) -> tuple[EndedCheck, ...]:

@@ -40,6 +40,8 @@ class Subject:
         self.name = name
         self.device = device
         self.options = MappingProxyType(dict(options or {}))
+        # What a process of its own saw of it (``witness``), once it was asked.
+        self.testimony: object | None = None
 
     @cached_property
     def candidates(self) -> Sequence[Candidate]:
@@ -71,6 +73,13 @@ class Subject:
             source="the conformance kit",
             candidates=self.candidates,
         )
+
+    def with_binding(self, role: ModelRole) -> Subject:
+        """The same backend with a binding of its own for a role; what was read is shared."""
+        other = Subject(self.name, self.device, self.options)
+        other.__dict__["candidates"] = self.candidates
+        other.__dict__["_bound_or_why"] = self.bind(role)
+        return other
 
     @cached_property
     def _bound_or_why(self) -> BoundBackend | str:

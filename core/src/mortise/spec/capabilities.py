@@ -33,6 +33,8 @@ class Capabilities:
             every token is a row of its own.
         index_key_dtypes: how it serves cached keys of the indexer, best first.
         process_group_backend: name of the torch.distributed backend that joins its devices.
+        graph_capture: experts of low-latency rows can be captured in a graph of the device and
+            replayed; the conformance kit then does it.
     """
 
     device: torch.device
@@ -45,6 +47,7 @@ class Capabilities:
     max_native_next_n: int = 1
     index_key_dtypes: tuple[IndexKeyDtype, ...] = (IndexKeyDtype.COMPUTE,)
     process_group_backend: str = "gloo"
+    graph_capture: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
