@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mortise.backends.verdict import KIT_VERSION
 from mortise.spec.hooks import HOOKS
 from tests.pkg.installation import TOY, pip, run
 
@@ -88,6 +89,16 @@ def test_a_backend_of_others_passes_the_kit(environment: CleanEnvironment, name:
     assert document["failed"] == []
     assert {"static", "host", "device"} == document["levels"].keys()
     assert all(counts["passed"] for counts in document["levels"].values())
+
+
+def test_a_verdict_that_is_shipped_is_shown(environment: CleanEnvironment) -> None:
+    document = json.loads(environment.mortise("backends", "--json").stdout)
+    shown = {row["name"]: row["conformance"] for row in document["backends"]}
+    assert shown["fresh_chip"] is None
+    remedy = "run: mortise conformance toy --output .../mortise_toy/conformance.json"
+    assert shown["toy"].startswith(f"conformant: kit {KIT_VERSION}, "), remedy
+    lines = environment.mortise("backends").stdout.splitlines()
+    assert f"toy: {shown['toy']}" in lines, f"it was given for something else; {remedy}"
 
 
 @pytest.mark.parametrize("name", THIRD_PARTY)
