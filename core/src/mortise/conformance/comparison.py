@@ -104,7 +104,7 @@ def require_close(
             f"{len(wrong)} of {len(rows)} rows are wrong, the worst is row {worst} by"
             f" {float(rows[worst]):.2g} (allowed: {tolerance.row:.2g}): {_listed(wrong)}"
         )
-    looks = _not_a_number(found) or (explain() if explain is not None else "")
+    looks = (explain() if explain is not None else "") or _not_a_number(found)
     raise FaultError("\n".join([*lines, *([f"it looks as if {looks}"] if looks else [])]))
 
 
