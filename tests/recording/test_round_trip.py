@@ -66,6 +66,15 @@ def test_a_hybrid_run_is_answered_to_the_bit(tmp_path: Path) -> None:
     assert splits == {"model.layers.0.linear_attn", "model.layers.2.linear_attn"}
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_float32_run_is_answered_to_the_bit(
+    tiny_model: Path, tmp_path: Path, threads: int
+) -> None:
+    """Whose sums hang on the number of threads in their last bits."""
+    path = tmp_path / "recording"
+    require_same(recorded(tiny_model, path, dtype="float32", threads=threads))
+
+
 def test_a_drafted_run_is_answered_to_the_bit(drafted: Recording) -> None:
     require_same(drafted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from mortise.cli.output import results, table
@@ -116,16 +117,20 @@ def call_fields(call: Call) -> dict[str, Any]:
 def _measures(found: Difference | None, allowed: Allowance | None) -> dict[str, Any]:
     if found is None or allowed is None:
         return {"error": None, "allowed": None}
-    return {
+    numbers = {
         "error": found.whole,
         "allowed": allowed.whole,
         "row_error": found.row,
         "row_allowed": allowed.row,
-        "worst_row": found.worst_row,
         "gain": found.gain,
         "max_abs": found.max_abs,
-        "worst_element": list(found.worst),
         "recorded": found.recorded,
         "replayed": found.replayed,
+    }
+    # JSON has no word for what is not finite.
+    return {
+        **{name: number if isfinite(number) else None for name, number in numbers.items()},
+        "worst_row": found.worst_row,
+        "worst_element": list(found.worst),
         "ulps": found.ulps,
     }

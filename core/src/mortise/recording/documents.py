@@ -53,6 +53,7 @@ class Header(_Document):
         mortise: version of the core that wrote it.
         model: directory of the model.
         dtype: of the hidden state.
+        threads: of one operation on the processor, which decide the order of its sums.
         backends: who answered, by role.
         sample: what was to be kept, in the words of the command line.
         max_bytes: bytes of tensors that could be kept.
@@ -67,6 +68,7 @@ class Header(_Document):
     mortise: str
     model: str
     dtype: str
+    threads: int
     backends: dict[str, WhoAnswered]
     sample: str
     max_bytes: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mortise.recording.reader import Recording
     from mortise.spec.dispatch import DispatchFormat, DispatchHandle, TokenDispatcher
 
-CORE_EXCHANGE = "not served: it leaves the exchange to the core's portable one"
+CORE_EXCHANGE: Final = "not served: it leaves the exchange to the core's portable one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,27 +158,26 @@ def _recorded_rows(answer: dict[str, Any], like: PlainRows) -> torch.Tensor:
     return replace(like, rows=answer["rows"], scales=answer["scales"]).floats(answer["format"])
 
 
+_SURELY_THE_SAME_ROW: Final = 0.5
+"""Further than any format rounds a row, and nearer than another token's row is."""
+
+
 def _order(found: torch.Tensor, recorded: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
     """The recorded row that each row is: the contract orders groups, and no rows within one."""
-    order = torch.arange(len(found))
-    if found.shape != recorded.shape or not found.numel():
-        return order
-    if difference(found, recorded).row < _SURELY_THE_SAME_ROW:
-        return order
-    start = 0
+    as_recorded = torch.arange(len(found))
+    if found.shape != recorded.shape or _are_the_same(found, recorded):
+        return as_recorded
+    order, start = as_recorded.clone(), 0
     for count in counts:
         own = slice(start, start + count)
         start += count
-        order[own] = own.start + _nearest(found[own], recorded[own])
-    return order
+        if count:
+            apart = torch.cdist(found[own].nan_to_num(), recorded[own].nan_to_num())
+            order[own] = own.start + apart.argmin(dim=1)
+    # An order that leaves a row unexplained explains nothing: the row is wrong, not its place.
+    is_one_to_one = len(order.unique()) == len(order)
+    return order if is_one_to_one and _are_the_same(found, recorded[order]) else as_recorded
 
 
-_SURELY_THE_SAME_ROW = 0.5
-
-
-def _nearest(found: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
-    """The nearest recorded row of each, every one once."""
-    apart = torch.cdist(found.nan_to_num(), recorded.nan_to_num())
-    nearest = apart.argmin(dim=1) if apart.numel() else torch.arange(len(found))
-    is_one_to_one = len(nearest.unique()) == len(nearest)
-    return nearest if is_one_to_one else torch.arange(len(found))
+def _are_the_same(found: torch.Tensor, recorded: torch.Tensor) -> bool:
+    return difference(found, recorded).row < _SURELY_THE_SAME_ROW

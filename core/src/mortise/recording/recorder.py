@@ -85,12 +85,13 @@ class Recorder:
         """Follow a loaded model, to say of each call which module made it in which pass."""
         self.running.watch(model)
 
-    def finish(self, *, model: str, dtype: torch.dtype, version: str) -> Header:
+    def finish(self, *, model: str, dtype: torch.dtype, threads: int, version: str) -> Header:
         """Write the index.
 
         Args:
             model: directory of the model.
             dtype: of the hidden state.
+            threads: of one operation on the processor.
             version: of the core.
 
         Raises:
@@ -102,6 +103,7 @@ class Recorder:
             mortise=version,
             model=model,
             dtype=str(dtype).removeprefix("torch."),
+            threads=threads,
             backends=self._backends,
             sample=str(self._sampling),
             max_bytes=self._writer.max_bytes,

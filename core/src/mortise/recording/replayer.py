@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mortise.engine.threads import num_threads
 from mortise.errors import MortiseError, RecordingError
 from mortise.recording.asked import Layers, NotServedError
 from mortise.recording.compared import (
@@ -71,7 +72,7 @@ class Replayer:
     def replay(self, call: Call) -> Outcome:
         """Ask one call; what it builds on is asked first, unless it was already."""
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), num_threads(self._recording.header.threads):
                 return self._replayed(call)
         except NotServedError as error:
             return Outcome(call=call, verdict=Verdict.UNSUPPORTED, note=str(error))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from mortise.engine.llm import LLM
-from mortise.errors import RecordingError
 from mortise.recording.recorder import Recorder
 from mortise.recording.sampling import DEFAULT_MAX_BYTES, Sampling
 from mortise.recording.writer import RecordingWriter
@@ -60,21 +60,9 @@ def record(
         return recorder.finish(
             model=str(llm.loaded.directory.path),
             dtype=llm.loaded.dtype,
+            threads=llm.loaded.threads or torch.get_num_threads(),
             version=version("mortise-core"),
         )
     finally:
         writer.discard()
 
-
-def require_calls(header: Header) -> None:
-    """Require that a run called any hook while it computed.
-
-    Raises:
-        RecordingError: it did not.
-    """
-    if not header.num_calls:
-        raise RecordingError(
-            "the run called no hook, so there is nothing to compare",
-            expected="a model with experts, or with quantised projections",
-            remedy="record another model",
-        )
