@@ -35,7 +35,7 @@ $ mortise generate --max-tokens 32 --draft 2 "class Stack:"
         "backends": "$ mortise backends\n$ mortise backends --json\n",
         "conformance": """\
 $ mortise conformance reference --level static
-$ mortise conformance npu_ascend --device emulated --level device -k "linear and w8a8"
+$ mortise conformance npu_ascend --device emulated --level device -k "projections and w8a8"
 """,
         "explain": "$ mortise explain\n$ mortise explain --dtype float32 --json\n",
         "doctor": "$ mortise doctor\n",
