@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import reduce
-from itertools import product
 from operator import add
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 
 from mortise import SamplingParams
 from tests.fixtures.drafted_models import (
+    CASES,
     FAMILIES,
     NUM_PROMPTS,
     RIGHT,
@@ -23,13 +23,12 @@ from tests.fixtures.drafted_models import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from mortise import Completion
 
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
-CASES = tuple(product((1, 2, 3, 4), (1, 8)))
-"""Tokens drafted a step, requests at the same time."""
 
 
 class Family(NamedTuple):
@@ -53,7 +52,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def compared(
-    family: Family, chance: float, num_tokens: int, seqs: int, places: range
+    family: Family, chance: float, num_tokens: int, seqs: int, places: Sequence[int]
 ) -> list[Completion]:
     """Some of the prompts, continued with drafting and found to be continued as without."""
     llm = drafting(family.models[chance], num_tokens, seqs=seqs)
@@ -66,10 +65,9 @@ def compared(
 
 @pytest.mark.parametrize("chance", [RIGHT, WRONG], ids=["right", "wrong"])
 def test_every_prompt_is_continued_as_without_drafting(family: Family, chance: float) -> None:
-    """Two hundred prompts, an eighth of them for each case."""
-    assert len(family.prompts) == NUM_PROMPTS
-    for number, (num_tokens, seqs) in enumerate(CASES):
-        places = range(number, NUM_PROMPTS, len(CASES))
+    """Two hundred prompts, fifty for each number of drafts, ten of them one by one."""
+    assert len(family.prompts) == NUM_PROMPTS == sum(len(places) for *_, places in CASES)
+    for num_tokens, seqs, places in CASES:
         completions = compared(family, chance, num_tokens, seqs, places)
         drafted = reduce(add, [one.drafting for one in completions])
         assert len(drafted.accepted_by_place) == num_tokens
