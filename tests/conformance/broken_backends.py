@@ -309,6 +309,12 @@ MISTAKES = (
         """,
     ),
     Mistake(
+        "a vendor's library at the top",
+        "it-imports-without-a-device",
+        ("No module named 'library_of_a_vendor'", "import the vendor's libraries in create"),
+        before="import library_of_a_vendor",
+    ),
+    Mistake(
         "mutation of the core in use",
         "using-it-changes-nothing-of-the-core",
         ("mutates the core", "LocalDispatcher.combine was replaced"),

@@ -16,6 +16,7 @@ from mortise.conformance import (
     static_checks,
 )
 from mortise.conformance.records import Check, Item, Level
+from mortise.plugin import ExpertLayerRequest, LinearLayerRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,11 +56,25 @@ def _items_of(subject: Subject, check: Check) -> Iterator[Item]:
 
 
 def _cases(subject: Subject, check: Check) -> list[object]:
+    """Those that it serves, and the first that it does not, whose run says why."""
     assert check.cases is not None
+    served: list[object] = []
+    refused: list[object] = []
     try:
         if check.hook is not None:
             subject.require_hook(check.hook)
-        return list(check.cases(subject.capabilities))
+        for case in check.cases(subject.capabilities):
+            (served if _is_served(subject, case) else refused).append(case)
     # Whatever is wrong, another check says so; this one says that it was not asked.
     except Exception:
         return []
+    return [*served, *refused[:1]]
+
+
+def _is_served(subject: Subject, case: object) -> bool:
+    request = getattr(case, "request", None)
+    if isinstance(request, ExpertLayerRequest):
+        return subject.ops.supports(request).ok
+    if isinstance(request, LinearLayerRequest):
+        return subject.ops.supports_linear(request).ok
+    return True

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 HOOK: Final = "create_token_dispatcher"
 MOST_TOKENS: Final = 32
-NUM_CHOSEN: Final = 2
+NUM_CHOSEN: Final = 3
 
 STEPS: Final[Mapping[DispatchDtype, float]] = MappingProxyType(
     {
@@ -58,10 +58,10 @@ STEPS: Final[Mapping[DispatchDtype, float]] = MappingProxyType(
 
 ROUTINGS: Final[Mapping[str, tuple[tuple[int, ...], ...]]] = MappingProxyType(
     {
-        "spread": ((0, 1), (2, 3), (1, 0), (3, 2), (0, 2), (2, 0), (3, 1)),
-        "one expert has all tokens": ((2, -1),) * 5,
-        "an expert twice, and none": ((1, 1), (-1, -1), (-1, 3), (0, 0)),
-        "one token": ((3, 0),),
+        "spread": ((0, 1, 2), (2, 3, 1), (1, 0, 3), (3, 2, 0), (0, 2, 1), (2, 0, 3), (3, 1, 2)),
+        "one expert has all tokens": ((2, -1, -1),) * 5,
+        "an expert twice, and none": ((1, 1, 3), (-1, -1, -1), (-1, 3, -1), (0, 0, 2)),
+        "one token": ((3, 0, 1),),
         "no tokens": (),
     }
 )
@@ -304,7 +304,7 @@ def too_many_tokens_are_refused(subject: Subject, case: ExpertCase) -> None:
         raise NotAskedError("it has no low-latency exchange within one process")
     for one in exchanges:
         try:
-            _send(subject, one, ((0, 1),) * (MOST_TOKENS + 1))
+            _send(subject, one, ((0, 1, 2),) * (MOST_TOKENS + 1))
         except FaultError:
             raise
         except Exception as error:

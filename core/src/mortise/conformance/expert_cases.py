@@ -49,6 +49,7 @@ COUNTS: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
         "equal groups": (3, 3, 3, 3),
         "one expert has all rows": (0, 17, 0, 0),
         "one row": (0, 0, 0, 1),
+        "more rows than a tile": (130, 0, 64, 257),
         "no rows": (0, 0, 0, 0),
     }
 )

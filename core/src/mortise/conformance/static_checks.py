@@ -65,13 +65,14 @@ def _package(subject: Subject) -> str:
 
 
 def it_imports_without_a_device(subject: Subject) -> None:
-    """Its module can be imported in a process of its own, where there may be no device."""
-    told = witness(subject)
-    if told.failed.startswith(("BackendUnusableError: ", "ContractError: ")) and not told.digest:
-        try:
-            import_backend(subject.row)
-        except MortiseError as error:
-            raise FaultError(f"its module cannot be imported: {error}") from error
+    """Its module can be imported where there is neither device nor library of a vendor: what is
+    imported in ``create`` can be told of when it is missing.
+    """
+    if problem := witness(subject).not_imported:
+        raise FaultError(
+            f"its module cannot be imported here: {problem}\n"
+            "import the vendor's libraries in create, not at the top of the module"
+        )
 
 
 def importing_it_changes_nothing(subject: Subject) -> None:

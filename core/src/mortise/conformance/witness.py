@@ -31,7 +31,8 @@ class Testimony:
     """What a process saw.
 
     Args:
-        failed: the error that importing, creating or using the backend raised; empty if none.
+        not_imported: the error that importing the backend raised; empty if none.
+        failed: the error that creating or using it raised; empty if none.
         after_import, after_use: changes of the core's modules.
         state: attributes of the plugin's modules that hold something else after the use.
         variables: environment variables that were written.
@@ -39,6 +40,7 @@ class Testimony:
         forked: of the results of a fork of the process; an error's text where it raised.
     """
 
+    not_imported: str = ""
     failed: str = ""
     after_import: tuple[str, ...] = ()
     after_use: tuple[str, ...] = ()
@@ -128,12 +130,14 @@ def _testimony(subject: Subject) -> Testimony:
     listener = _Listener()
     sys.addaudithook(listener.hear)
     before = mutation.snapshot()
-    after_import: list[str] = []
     state: list[str] = []
     digest = forked = failed = ""
     try:
         owner = import_backend(subject.row)
-        after_import = mutation.changes(before, mutation.snapshot())
+    except Exception as error:
+        return Testimony(not_imported=f"{type(error).__name__}: {error}")
+    after_import = mutation.changes(before, mutation.snapshot())
+    try:
         package = owner.__module__.split(".")[0]
         subject.bind()
         held = mutation.state_of_package(package) if package != "mortise" else {}
