@@ -157,9 +157,7 @@ def test_it_says_which_layers_it_serves(scheme: WeightScheme) -> None:
     assert (scheme.value in answer.reason) is not answer.ok
 
 
-@pytest.mark.parametrize(
-    "file", ["src/mortise_toy/backend.toml", "src/mortise_toy/backend.py"]
-)
+@pytest.mark.parametrize("file", ["src/mortise_toy/backend.toml", "src/mortise_toy/backend.py"])
 def test_the_page_shows_the_example_as_it_is(file: str) -> None:
     shown = {block.title: block.text for block in blocks_of(DOCS / "how-to/write-a-backend.md")}
     assert shown[file] == (TOY / file).read_text(encoding="utf-8")
