@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -13,15 +14,34 @@ from safetensors import safe_open
 from mortise import EngineConfig
 from mortise.config import ResolvedConfig
 from mortise.errors import RecordingError
+from mortise.recording.codec import DTYPES, encode
+from mortise.recording.documents import FORMAT, SCHEMA, Header
 from mortise.recording.outcome import Verdict
+from mortise.recording.reader import Recording
 from mortise.recording.sampling import Sampling, bytes_of
 from mortise.recording.session import record
+from mortise.recording.writer import RecordingWriter
 from tests.fixtures.recorded_runs import recorded, replayed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mortise.recording.reader import Recording
+
+HEADER = Header(
+    format=FORMAT,
+    schema=SCHEMA,
+    mortise="0",
+    model="",
+    dtype="bfloat16",
+    threads=1,
+    backends={},
+    sample="everything",
+    max_bytes=10**6,
+    tensor_bytes=0,
+    num_calls=0,
+    left_out=[],
+    files={},
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +147,31 @@ def test_what_is_there_is_not_overwritten(tiny_model: Path, tmp_path: Path) -> N
     with pytest.raises(RecordingError, match="there already"):
         record(resolved, tmp_path / "mine", lambda _llm: None)
     assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_tensors_are_spread_over_shards(tmp_path: Path) -> None:
+    """No tensor is cut, every one is found again, and equal ones are one."""
+    writer = RecordingWriter(tmp_path / "recording", max_bytes=10**6, shard_bytes=1000)
+    tensors = [torch.full((n, 10), float(n), dtype=torch.bfloat16) for n in (10, 40, 70, 0, 5)]
+    names = [writer.keep(tensor) for tensor in (*tensors, tensors[1].clone())]
+    assert names[5] == names[1]
+    assert len(set(names)) == 5
+    writer.finish(HEADER)
+    files = sorted(path.name for path in (tmp_path / "recording").glob("*.safetensors"))
+    assert files == [f"tensors-0000{number}.safetensors" for number in (1, 2, 3)]
+    found = Recording.open(tmp_path / "recording")
+    for name, tensor in zip(names, tensors, strict=False):
+        assert torch.equal(found.tensor(name), tensor)
+
+
+def test_bits_of_every_dtype_come_back(tmp_path: Path) -> None:
+    writer = RecordingWriter(tmp_path / "recording", max_bytes=10**6)
+    octets = torch.arange(256, dtype=torch.uint8).view(-1, 16)
+    tensors = [octets.view(dtype) for dtype in DTYPES.values() if dtype is not torch.bool]
+    encoded = [encode(tensor, writer.keep) for tensor in tensors]
+    writer.finish(HEADER)
+    found = Recording.open(tmp_path / "recording")
+    for value, tensor in zip(encoded, tensors, strict=True):
+        back = found.value(value)
+        assert back.dtype is tensor.dtype
+        assert torch.equal(back.view(torch.uint8), octets)

@@ -14,7 +14,7 @@ class Difference:
 
     Args:
         whole: norm of the difference over the norm of what was recorded.
-        row: the same of the row where it is largest, of rows that are not next to zero.
+        row: the same of the row where it is largest; small rows are measured as if they were not.
         worst_row: which row that is.
         gain: by how much the answer is larger altogether: the factor that fits it best, less 1.
         gain_error: the standard error of that among the rows; infinite of too few rows to tell.
@@ -60,8 +60,11 @@ NO_DIFFERENCE = Difference(
 """Of two tensors without an element."""
 
 _SMALL_ROW = 0.1
-"""Rows of less than this share of the usual norm are measured against that share: what is left of
+"""Rows of less than this share of the usual size are measured against that share: what is left of
 sums that cancel is all rounding."""
+
+_SMALL_ROW_OF_SCORES = 1.0
+"""Scores add heads of either sign, and rows of few keys cancel as a whole."""
 
 
 _FEWEST_ROWS = 8.0
@@ -78,7 +81,8 @@ def difference(
     Args:
         replayed: the other answer.
         recorded: what it is compared with.
-        visible: bool of the same shape, elements that count; None counts all.
+        visible: bool of the same shape, the scores of the indexer that count; None counts all of
+            any other answer.
     """
     assert replayed.shape == recorded.shape
     one, other = replayed.detach().cpu(), recorded.detach().cpu()
@@ -93,8 +97,7 @@ def difference(
     off = torch.where(same, 0.0, (found - expected).abs().nan_to_num(torch.inf, torch.inf))
     expected = expected.nan_to_num(0.0, 0.0, 0.0)
     sizes, offs = expected.norm(dim=1), off.norm(dim=1)
-    usual = float(sizes.square().mean().sqrt())
-    errors = _ratio(offs, sizes.clamp(min=_SMALL_ROW * usual))
+    errors = _ratio(offs, torch.maximum(sizes, _smallest_sizes(expected, visible)))
     gain, gain_error = _gain(found, expected)
     place = int(off.argmax())
     worst = tuple(int(index) for index in torch.unravel_index(torch.tensor(place), one.shape))
@@ -111,6 +114,16 @@ def difference(
         ulps=_ulps(one[worst], other[worst]),
         numbers=one.numel() if visible is None else int(visible.sum()),
     )
+
+
+def _smallest_sizes(expected: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """What the rows are measured against if they are smaller, float64 ``[R]``."""
+    if visible is None:
+        usual = float(expected.norm()) / len(expected) ** 0.5
+        return expected.new_full((len(expected),), _SMALL_ROW * usual)
+    seen = visible.cpu().reshape(len(expected), -1).sum(dim=1).double()
+    usual = float(expected.norm() / seen.sum().clamp(min=1).sqrt())
+    return seen.sqrt() * (_SMALL_ROW_OF_SCORES * usual)
 
 
 def _ratio(off: torch.Tensor, size: torch.Tensor) -> torch.Tensor:

@@ -51,11 +51,11 @@ def _pages(keys: torch.Tensor, scales: torch.Tensor | None, device: torch.device
     if scales is None:
         return IndexKeyPages(keys=keys.to(device))
     num_pages, size, dim = keys.shape
-    blocks = torch.empty(num_pages, size * (dim + _SCALE_BYTES), dtype=torch.uint8)
-    blocks[:, : size * dim] = keys.view(torch.uint8).flatten(1)
-    blocks[:, size * dim :] = scales.contiguous().view(torch.uint8)
+    # One page more, of what is no number: of a single page torch would forget how far pages are
+    # apart, and a kernel that reads past the last one is to be seen.
+    blocks = torch.full((num_pages + 1, size * (dim + _SCALE_BYTES)), 0xFF, dtype=torch.uint8)
+    blocks[:-1, : size * dim] = keys.view(torch.uint8).flatten(1)
+    blocks[:-1, size * dim :] = scales.contiguous().view(torch.uint8)
     blocks = blocks.to(device)
-    return IndexKeyPages(
-        keys=blocks[:, : size * dim].unflatten(1, (size, dim)).view(torch.float8_e4m3fn),
-        scales=blocks[:, size * dim :].view(torch.float32),
-    )
+    own = blocks[:, : size * dim].unflatten(1, (size, dim)).view(torch.float8_e4m3fn)
+    return IndexKeyPages(keys=own[:-1], scales=blocks[:, size * dim :].view(torch.float32)[:-1])

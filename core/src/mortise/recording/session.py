@@ -65,4 +65,3 @@ def record(
         )
     finally:
         writer.discard()
-
