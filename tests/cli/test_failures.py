@@ -335,7 +335,7 @@ def test_a_misspelt_verb_brings_the_one_that_was_meant() -> None:
     assert_parts(
         failure("genrate"),
         what="no command 'genrate'",
-        expected="backends, doctor, eval, explain, generate",
+        expected="backends, conformance, diff, doctor, eval, explain, generate",
         remedy="see mortise --help",
     )
     assert "did you mean 'generate'?" in failure("genrate")
