@@ -58,6 +58,11 @@ def test_a_right_backend(tmp_path: Path) -> None:
     assert f"conformant: kit {found.kit}, {found.passed} passed, {found.date}" in outcome.stdout
 
 
+def test_a_verdict_without_the_device_says_so() -> None:
+    outcome = mortise("conformance", "reference", "--level", "static", "-k", "manifest")
+    assert "conformant as far as it was asked (static): kit 1, 1 passed" in outcome.stdout
+
+
 def test_a_broken_backend(tmp_path: Path) -> None:
     (aliasing,) = (one for one in MISTAKES if one.name == "aliasing")
     with add(tmp_path, "broken", aliasing.code).installed():

@@ -93,6 +93,9 @@ class ConformanceVerdict(_Record):
     def in_words(self) -> str:
         """One line for a table."""
         word = "conformant" if self.ok else f"NOT conformant, {len(self.failed)} failed"
+        reached = [level for level, counts in self.levels.items() if counts.passed]
+        if "device" not in reached:
+            word += f" as far as it was asked ({', '.join(reached) or 'nothing'})"
         emulated = ", emulated" if self.emulated else ""
         return f"{word}: kit {self.kit}, {self.passed} passed{emulated}, {self.date}"
 

@@ -76,19 +76,20 @@ def draw_weight(
     rows: int,
     columns: int,
     *,
-    num_parts: int = 1,
+    part_sizes: tuple[float, ...] = (1.0,),
     leading: tuple[int, ...] = (),
     seed: int = 0,
     float_dtype: torch.dtype = torch.float32,
 ) -> StoredWeight:
-    """``[*leading, rows, columns]``, any value a byte can hold; parts differ in size by two.
+    """``[*leading, rows, columns]``, any value a byte can hold.
 
     Its numbers are about one over the root of the columns, so that results are about as large as
-    rows are.
+    rows are, times the size of their part.
     """
+    num_parts = len(part_sizes)
     draw = _Draw(seed, leading)
     size = columns**-0.5
-    parts = torch.arange(1, num_parts + 1, dtype=torch.float32)
+    parts = torch.tensor(part_sizes)
     of_rows = parts.repeat_interleave(rows // num_parts).unsqueeze(1)
     scale: torch.Tensor | None = None
     global_scale: torch.Tensor | None = None

@@ -43,6 +43,10 @@ LAYER: Final = "model.layers.3.mlp"
 NUM_EXPERTS: Final = 4
 INPUT_GLOBAL_SCALE: Final = 4 / 2688
 
+GATE_AND_UP_SIZES: Final = (4.0, 0.25)
+"""Where ``silu`` is nearly linear or nearly a ramp, gate and up may be exchanged and their product
+hardly shows it: a large gate and a small up do."""
+
 COUNTS: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
     {
         "uneven groups, one empty": (5, 0, 1, 9),
@@ -110,7 +114,7 @@ class ExpertCase:
                 self.w13,
                 2 * self.intermediate,
                 self.hidden,
-                num_parts=2,
+                part_sizes=GATE_AND_UP_SIZES,
                 leading=(NUM_EXPERTS,),
                 seed=seed,
                 float_dtype=self.dtype,

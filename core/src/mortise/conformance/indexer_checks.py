@@ -64,7 +64,8 @@ def _found(
     return found
 
 
-def _expected(subject: Subject, case: IndexCase, launch: Launch) -> torch.Tensor:
+def expected_scores(subject: Subject, case: IndexCase, launch: Launch) -> torch.Tensor:
+    """Of the reference."""
     plan = launch.planned(subject.reference, case.block_size, ForwardMode.DECODE, 1)
     return launch.scored(subject.reference, plan)
 
@@ -72,7 +73,7 @@ def _expected(subject: Subject, case: IndexCase, launch: Launch) -> torch.Tensor
 def _compared(subject: Subject, case: IndexCase, launch: Launch, mode: ForwardMode) -> Measured:
     own = launch.on(subject.capabilities.device)
     found = _found(subject, case, own, _plan(subject, case, own, mode))
-    expected = visible(_expected(subject, case, launch), launch.lens)
+    expected = visible(expected_scores(subject, case, launch), launch.lens)
     seen = visible(found, launch.lens)
     typical = expected.pow(2).sum() / launch.lens.sum().clamp(min=1)
     sizes = (typical * launch.lens.flatten()).sqrt()
@@ -93,12 +94,12 @@ def _compared(subject: Subject, case: IndexCase, launch: Launch, mode: ForwardMo
 
 def _looks(subject: Subject, case: IndexCase, launch: Launch, seen: torch.Tensor) -> str:
     """The reference with one thing changed, compared again."""
-    for text, changed in _changed(launch):
-        scores = visible(_expected(subject, case, changed), launch.lens)
+    for text, changed in changed_launches(launch):
+        scores = visible(expected_scores(subject, case, changed), launch.lens)
         finite = torch.nan_to_num(scores, nan=0.0)
         if is_within(torch.nan_to_num(seen, nan=0.0), finite, case.tolerance):
             return text
-    expected = visible(_expected(subject, case, launch), launch.lens)
+    expected = visible(expected_scores(subject, case, launch), launch.lens)
     for shift, text in ((1, "scores stand one column too far"), (-1, "scores lack a column")):
         if is_within(seen, visible(expected.roll(shift, dims=1), launch.lens), case.tolerance):
             return text
@@ -113,7 +114,8 @@ def _looks(subject: Subject, case: IndexCase, launch: Launch, seen: torch.Tensor
     return ""
 
 
-def _changed(launch: Launch) -> Iterator[tuple[str, Launch]]:
+def changed_launches(launch: Launch) -> Iterator[tuple[str, Launch]]:
+    """A launch as it would be with a usual mistake in it."""
     if launch.pages.scales is not None:
         yield "scales of keys are ignored", without_scales(launch)
     for shift, word in ((1, "before"), (-1, "behind")):

@@ -82,7 +82,7 @@ class LinearCase:
                 self.form,
                 self.out_features,
                 self.in_features,
-                num_parts=self.num_parts,
+                part_sizes=tuple(float(part + 1) for part in range(self.num_parts)),
                 seed=seed,
                 float_dtype=self.dtype,
             ),

@@ -33,7 +33,7 @@ def wrong_experts(
         return text
     if not bool(found.any()):
         return "nothing was computed: all results are zero"
-    for text, changed in _changed_experts(layer.stored):
+    for text, changed in changed_experts(layer.stored):
         again = subject.reference.prepare_expert_weights(changed, layer.arrivals[0])
         other = subject.reference.quantized_moe_apply(tokens, again, layer.case.dtype)
         if is_within(found, other[defined_rows(tokens)], tolerance):
@@ -84,7 +84,8 @@ def _ends(tokens: DispatchedTokens) -> list[int]:
     return ends
 
 
-def _changed_experts(experts: ExpertWeights) -> Iterator[tuple[str, ExpertWeights]]:
+def changed_experts(experts: ExpertWeights) -> Iterator[tuple[str, ExpertWeights]]:
+    """Experts as they would be with a usual mistake in them."""
     for text, w13 in changed_weights(experts.w13):
         yield f"{text} (w13)", replace(experts, w13=w13)
     for text, w2 in changed_weights(experts.w2):
