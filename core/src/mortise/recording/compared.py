@@ -10,6 +10,7 @@ import torch
 from mortise.recording import allowances
 from mortise.recording.asked import NotServedError
 from mortise.recording.differences import common_gain, difference
+from mortise.recording.guesses import guess
 from mortise.recording.index_keys import served_keys
 from mortise.recording.outcome import Outcome, Verdict
 from mortise.recording.rows import PlainRows, packed, row_places
@@ -60,14 +61,21 @@ def judged(
         return _divergent(call, f"{name} is {found}, and was {wanted}", answers)
     measured = difference(replayed, recorded, visible)
     verdict, problem = _verdict(measured, allowance)
+    looks = ""
+    if problem:
+        looks = guess(*(_seen(one, visible) for one in (recorded, replayed)))
     return Outcome(
         call=call,
         verdict=verdict,
-        note="; ".join(filter(None, (problem and f"{name} {problem}", note))),
+        note="; ".join(filter(None, (problem and f"{name} {problem}", looks, note))),
         difference=measured,
         allowance=allowance,
         answers=answers,
     )
+
+
+def _seen(answer: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    return answer if visible is None else answer.masked_fill(~visible, 0.0)
 
 
 def _verdict(found: Difference, allowance: Allowance) -> tuple[Verdict, str]:
