@@ -95,3 +95,36 @@ def test_the_right_backend_passes_everything(tmp_path: Path) -> None:
     assert not found, "\n".join(found)
     # Whatever finds a mistake was asked of the backend without one.
     assert asked >= {mistake.check for mistake in MISTAKES}
+
+
+def test_a_claimed_capture_is_skipped_aloud_off_the_device(tmp_path: Path) -> None:
+    claimed = CODE.replace("schemes=SCHEMES,", "schemes=SCHEMES,\n            graph_capture=True,")
+    distributions = FakeDistribution(tmp_path)
+    distributions.add_backend("claiming", manifest=MANIFEST, code=claimed)
+    with distributions.installed():
+        subject = Subject("claiming")
+        captured = [
+            item
+            for item in items(subject, Level.DEVICE)
+            if item.check.name == "captured-experts-are-replayed"
+        ]
+        assert captured
+        for item in captured:
+            with pytest.raises(NotAskedError, match="NOT CAPTURED: a graph needs a device"):
+                item.run(subject)
+
+
+def test_a_hook_that_the_reference_answers_is_not_asked(tmp_path: Path) -> None:
+    distributions = FakeDistribution(tmp_path)
+    distributions.add_backend("small")
+    with distributions.installed():
+        subject = Subject("small")
+        asked = {item.check.hook for item in items(subject, Level.DEVICE) if item.case is not None}
+        (experts,) = (
+            item
+            for item in items(subject, Level.DEVICE)
+            if item.check.name == "experts-match-the-reference"
+        )
+        with pytest.raises(NotAskedError, match="the reference answers quantized_moe_apply"):
+            experts.run(subject)
+    assert asked == {"qkv_split"}
