@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
-from tests.fixtures.tiny_models import YARN, save_tiny, tiny_transformers_model
+from tests.fixtures.parity import (
+    TOLERANCE,
+    Pair,
+    Pairs,
+    ParityTests,
+    assert_bfloat16_loses_no_more,
+)
+from tests.fixtures.tiny_models import YARN, tiny_transformers_model
 
-from mortise import LLM, EngineConfig, SamplingParams
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-TOLERANCE = 1e-4
 NUM_TOKENS = 80
-NEW_TOKENS = 24
-PROMPT_LENS = (40, 9, 23)
-CHUNK = 17
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "v32": {},
@@ -183,119 +180,37 @@ SPARSE = [
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    return Pairs(
+        CONFIGURATIONS,
+        tmp_path_factory.mktemp("models"),
+        num_tokens=NUM_TOKENS,
+        prompt_lens=(40, 9, 23),
+        new_tokens=24,
+    )
 
 
 @pytest.fixture(params=CONFIGURATIONS)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
+def pair(request: pytest.FixtureRequest, pairs: Pairs) -> Pair:
+    return pairs[request.param]
 
 
-@cache
-def theirs(name: str) -> torch.nn.Module:
-    return tiny_transformers_model(**CONFIGURATIONS[name])
+class TestParity(ParityTests):
+    """Every configuration."""
 
 
-@cache
-def saved(name: str, root: Path) -> Path:
-    path = root / str(list(CONFIGURATIONS).index(name))
-    return save_tiny(path, tokenizer=False, **CONFIGURATIONS[name])
-
-
-@cache
-def ours(name: str, root: Path, chunk: int = 512) -> LLM:
-    return LLM(
-        EngineConfig(
-            model=str(saved(name, root)),
-            dtype="float32",
-            cache={"max_num_tokens": 512},
-            scheduler={"max_num_batched_tokens": chunk},
-        )
-    )
-
-
-@cache
-def tokens_of(count: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-@cache
-@torch.inference_mode()
-def their_logits(name: str) -> torch.Tensor:
-    return theirs(name)(tokens_of(NUM_TOKENS).unsqueeze(0)).logits[0]
-
-
-@cache
-@torch.inference_mode()
-def their_greedy_tokens(name: str) -> list[list[int]]:
-    """What transformers generates after each prompt alone."""
-    return [
-        theirs(name)
-        .generate(prompt.unsqueeze(0), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(prompt) :]
-        .tolist()
-        for prompt in prompts()
-    ]
-
-
-def prompts() -> list[torch.Tensor]:
-    return [tokens_of(length, seed=length) for length in PROMPT_LENS]
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.shape == expected.shape
-    assert got.dtype == torch.float32
-    difference = float((got - expected).abs().max())
-    assert difference < TOLERANCE, f"logits differ by {difference}"
-
-
-def test_logits_are_large_enough_to_differ(name: str) -> None:
-    logits = their_logits(name)
-    assert logits.abs().max() > 1.0
-    # They depend on the position, not on the biases of the last layer alone.
-    assert logits.std(dim=0).mean() > 0.2
-
-
-def test_logits(name: str, root: Path) -> None:
-    assert_close(ours(name, root).logits(tokens_of(NUM_TOKENS).tolist()), their_logits(name))
-
-
-def test_logits_in_chunks(name: str, root: Path) -> None:
-    llm = ours(name, root, CHUNK)
-    assert_close(llm.logits(tokens_of(NUM_TOKENS).tolist()), their_logits(name))
-
-
-@pytest.mark.parametrize("chunk", [512, CHUNK])
-def test_greedy_tokens_of_a_ragged_batch(name: str, root: Path, chunk: int) -> None:
-    """Together here, one by one there."""
-    completions = ours(name, root, chunk).generate(
-        [prompt.tolist() for prompt in prompts()],
-        SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True),
-    )
-    assert [list(completion.token_ids) for completion in completions] == their_greedy_tokens(name)
-
-
-@pytest.mark.parametrize("name", SPARSE)
-def test_sparsity_bites(name: str) -> None:
+@pytest.mark.parametrize("pair", SPARSE, indirect=True)
+def test_sparsity_bites(pair: Pair) -> None:
     """Where the indexer drops keys, attention to all of them gives other logits."""
-    topk = CONFIGURATIONS[name].get("index_topk", 16)
-    dense = tiny_transformers_model(**CONFIGURATIONS[name] | {"index_topk": NUM_TOKENS})
+    topk = pair.fields.get("index_topk", 16)
+    dense = tiny_transformers_model(**pair.fields | {"index_topk": NUM_TOKENS})
     with torch.inference_mode():
-        dense_logits = dense(tokens_of(NUM_TOKENS).unsqueeze(0)).logits[0]
-    difference = (their_logits(name) - dense_logits).abs().amax(dim=1)
+        dense_logits = dense(pair.tokens.unsqueeze(0)).logits[0]
+    difference = (pair.their_logits - dense_logits).abs().amax(dim=1)
     assert difference[:topk].max() < TOLERANCE
     assert difference[topk:].max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["v32", "v3", "glm", "glm4, dense layers"])
-def test_bfloat16_loses_no_more_than_transformers_bfloat16(name: str, root: Path) -> None:
-    """Tokens cannot be compared there: any order of summation gives others."""
-    config = EngineConfig(
-        model=str(saved(name, root)), dtype="bfloat16", cache={"max_num_tokens": 128}
-    )
-    tokens = tokens_of(NUM_TOKENS)
-    rounded = tiny_transformers_model(**CONFIGURATIONS[name]).to(torch.bfloat16)
-    with torch.inference_mode():
-        their_loss = rounded(tokens.unsqueeze(0)).logits[0].float() - their_logits(name)
-    our_loss = LLM(config).logits(tokens.tolist()) - their_logits(name)
-    assert 0 < our_loss.abs().mean() < 1.3 * their_loss.abs().mean()
+@pytest.mark.parametrize("pair", ["v32", "v3", "glm", "glm4, dense layers"], indirect=True)
+def test_bfloat16_loses_no_more_than_transformers_bfloat16(pair: Pair) -> None:
+    assert_bfloat16_loses_no_more(pair)
