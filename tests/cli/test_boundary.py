@@ -63,10 +63,18 @@ def test_an_interrupt_ends_quietly(builtin: Path, monkeypatch: pytest.MonkeyPatc
     assert outcome.stderr.strip() == "interrupted"
 
 
+HEARS = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("mortise", run_name="__main__")
+"""
+"""The program, which hears interrupts even if the tests run in the background of a shell."""
+
+
 def test_an_interrupt_in_the_middle_of_a_text() -> None:
     """A text that takes seconds, so that a busy machine does not end it first."""
     child = subprocess.Popen(
-        [*PROGRAM, "generate", "x", "--max-tokens", "2000", "--ignore-eos"],
+        [sys.executable, "-c", HEARS, "generate", "x", "--max-tokens", "2000", "--ignore-eos"],
         env=child_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, assert_never
 
 import torch
 
@@ -113,6 +113,8 @@ def draw_weight(
             weight = draw.integers(0, 256, rows, columns // 2).to(torch.uint8)
             scale = draw.positive(rows, columns // 16, size=10.0).to(torch.float8_e4m3fn)
             global_scale = draw.positive(num_parts, size=size / 20) * parts
+        case _:
+            assert_never(form.scheme)
     return StoredWeight(
         scheme=form.scheme,
         weight=weight,

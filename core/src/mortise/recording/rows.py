@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 
@@ -112,6 +112,8 @@ class PlainRows:
                 return (sum(-(-count // step) * step for count in self.counts),)
             case RowLayout.GROUPED:
                 return (sum(self.counts),)
+            case _:
+                assert_never(format.row_layout)
 
 
 def _side(row_weights: torch.Tensor | None) -> RoutingWeightSide:
@@ -139,6 +141,8 @@ def row_places(
             starts = _starts([-(-one // format.alignment) * format.alignment for one in counts])
         case RowLayout.GROUPED:
             starts = _starts(counts)
+        case _:
+            assert_never(format.row_layout)
     ranges = [torch.arange(at, at + n) for at, n in zip(starts, counts, strict=True)]
     return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
